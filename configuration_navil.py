@@ -1,0 +1,366 @@
+"""Configuration of NaViL, a native multimodal LLM (arXiv 2510.08565).
+
+Sizes are counted in these units throughout the package:
+
+* pixel: one RGB sample position;
+* patch: `patch_size` x `patch_size` pixels, one token of the vision encoder;
+* merged cell: `spatial_merge_size` x `spatial_merge_size` patches, one visual token of the decoder.
+"""
+
+from typing import Any
+
+from transformers.configuration_utils import PretrainedConfig
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_navil.NaViLConfig",
+    "AutoModel": "modeling_navil.NaViLForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_navil.NaViLForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_navil.NaViLForConditionalGeneration",
+    "AutoTokenizer": ["tokenization_navil.NaViLTokenizer", None],
+    "AutoImageProcessor": "image_processing_navil.NaViLImageProcessor",
+    "AutoProcessor": "processing_navil.NaViLProcessor",
+}
+"""Where transformers' Auto classes find the code, relative to the root of a model repository."""
+
+VISUAL_TOKEN_ORDERS = ("raster", "window")
+NORM_TYPES = ("rms_norm", "layer_norm")
+ROPE_SCALING_TYPES = ("default", "linear", "dynamic")
+
+
+def _require_positive(config: PretrainedConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise ValueError(f"{type(config).__name__}.{name} must be a positive number, got {value!r}")
+
+
+def _require_divisible(config: PretrainedConfig, name: str, divisor_name: str, divisor: int) -> None:
+    value = getattr(config, name)
+    if value % divisor:
+        raise ValueError(
+            f"{type(config).__name__}.{name} must be a multiple of {divisor_name}: {value} does not divide by {divisor}"
+        )
+
+
+class _NaViLPartConfig(PretrainedConfig):
+    def __init__(self, **kwargs: Any):
+        # transformers 4.51 saves that a nested config's attention was chosen, but not the choice, and would fall back
+        # to eager attention on reload.
+        kwargs.pop("_attn_implementation_autoset", None)
+        super().__init__(**kwargs)
+
+
+class NaViLVisionConfig(_NaViLPartConfig):
+    """The vision encoder: pre-norm ViT blocks with 2D RoPE over packed patches (reference §2).
+
+    Args:
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: width, MLP width, depth and heads;
+            the head dimension must be a multiple of 4 (two axes, rotated in pairs).
+        patch_size: side of a patch, in pixels.
+        num_channels: channels of a pixel.
+        spatial_merge_size: side of a merged cell, in patches.
+        norm_type: `rms_norm` or `layer_norm`.
+        layer_norm_eps: epsilon of either norm.
+        qkv_bias: whether the fused q/k/v projection has a bias.
+        rope_theta: base of the rotary frequencies of both axes.
+        window_size: side of an attention window, in patches.
+        fullatt_block_indexes: blocks that attend over a whole segment (one scale of one image); the others attend
+            inside windows. `None`: every block attends over the whole segment.
+        visual_token_order: order in which visual tokens leave the encoder. `raster` is row-major over merged cells;
+            `window` is row-major over windows and inside each, which the released weights were trained with.
+        layer_scale_init: initial value of the per-channel residual scales.
+        initializer_range: standard deviation of freshly initialised weights.
+
+    Raises:
+        ValueError: sizes that do not fit together, with the numbers.
+    """
+
+    model_type = "navil_vision"
+    base_config_key = "vision_config"
+
+    def __init__(
+        self,
+        hidden_size: int = 1472,
+        intermediate_size: int = 5888,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 23,
+        patch_size: int = 16,
+        num_channels: int = 3,
+        spatial_merge_size: int = 2,
+        norm_type: str = "rms_norm",
+        layer_norm_eps: float = 1e-6,
+        qkv_bias: bool = True,
+        rope_theta: float = 10000.0,
+        window_size: int = 8,
+        fullatt_block_indexes: list[int] | None = None,
+        visual_token_order: str = "raster",
+        layer_scale_init: float = 0.1,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.patch_size = patch_size
+        self.num_channels = num_channels
+        self.spatial_merge_size = spatial_merge_size
+        self.norm_type = norm_type
+        self.layer_norm_eps = layer_norm_eps
+        self.qkv_bias = qkv_bias
+        self.rope_theta = rope_theta
+        self.window_size = window_size
+        self.fullatt_block_indexes = fullatt_block_indexes
+        self.visual_token_order = visual_token_order
+        self.layer_scale_init = layer_scale_init
+        self.initializer_range = initializer_range
+        self._validate()
+
+    def _validate(self) -> None:
+        _require_positive(
+            self,
+            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"),
+            *("num_channels", "spatial_merge_size", "layer_norm_eps", "rope_theta", "window_size"),
+        )
+        _require_divisible(self, "hidden_size", "4 * num_attention_heads", 4 * self.num_attention_heads)
+        _require_divisible(self, "window_size", "spatial_merge_size", self.spatial_merge_size)
+        if self.norm_type not in NORM_TYPES:
+            raise ValueError(f"norm_type must be one of {NORM_TYPES}, got {self.norm_type!r}")
+        if self.visual_token_order not in VISUAL_TOKEN_ORDERS:
+            raise ValueError(
+                f"visual_token_order must be one of {VISUAL_TOKEN_ORDERS}, got {self.visual_token_order!r}"
+            )
+        outside = [i for i in self.fullatt_block_indexes or [] if not 0 <= i < self.num_hidden_layers]
+        if outside:
+            raise ValueError(f"fullatt_block_indexes {outside} lie outside the {self.num_hidden_layers} blocks")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened patch: channels x rows x columns."""
+        return self.num_channels * self.patch_size**2
+
+    @property
+    def merged_dim(self) -> int:
+        """Width of a merged cell: its patches' features, concatenated."""
+        return self.hidden_size * self.spatial_merge_size**2
+
+
+class NaViLTextConfig(_NaViLPartConfig):
+    """The decoder: a Llama-shaped LLM with one attention expert and one FFN expert per modality (reference §4).
+
+    Args:
+        vocab_size: rows of the embedding table.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads: width, FFN width,
+            depth, query heads and key/value heads.
+        head_dim: width of a head; `None` means `hidden_size / num_attention_heads`.
+        qk_norm: RMSNorm on every query and key head before RoPE (Qwen3).
+        attention_bias: biases on the q, k and v projections.
+        attention_output_bias: bias on the output projection; `None` means as `attention_bias`.
+        rms_norm_eps: epsilon of every RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: `None` or `{"rope_type": "linear" | "dynamic", "factor": float}`.
+        max_position_embeddings: context length in tokens; dynamic NTK scaling starts beyond it.
+        attention_dropout: dropout on attention weights, in training only.
+        initializer_range: standard deviation of freshly initialised weights.
+        use_cache: whether `forward` returns a key/value cache by default.
+
+    Raises:
+        ValueError: sizes that do not fit together, with the numbers.
+    """
+
+    model_type = "navil_text"
+    base_config_key = "text_config"
+
+    def __init__(
+        self,
+        vocab_size: int = 92556,
+        hidden_size: int = 2048,
+        intermediate_size: int = 8192,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int = 8,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        attention_bias: bool = False,
+        attention_output_bias: bool | None = None,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 1000000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        max_position_embeddings: int = 32768,
+        attention_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim if head_dim is not None else hidden_size // num_attention_heads
+        self.qk_norm = qk_norm
+        self.attention_bias = attention_bias
+        self.attention_output_bias = attention_bias if attention_output_bias is None else attention_output_bias
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
+        self.max_position_embeddings = max_position_embeddings
+        self.attention_dropout = attention_dropout
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        self._validate()
+
+    def _validate(self) -> None:
+        _require_positive(
+            self,
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
+        )
+        _require_divisible(self, "num_attention_heads", "num_key_value_heads", self.num_key_value_heads)
+        _require_divisible(self, "head_dim", "2", 2)
+        if self.rope_scaling is None:
+            return
+        rope_type = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
+        if rope_type not in ROPE_SCALING_TYPES:
+            raise ValueError(f"rope_scaling type must be one of {ROPE_SCALING_TYPES}, got {self.rope_scaling!r}")
+        factor = self.rope_scaling.get("factor", 1.0)
+        if not isinstance(factor, int | float) or factor < 1:
+            raise ValueError(f"rope_scaling factor must be a number of at least 1, got {factor!r}")
+
+    @property
+    def rope_type(self) -> str:
+        scaling = self.rope_scaling or {}
+        return scaling.get("rope_type", scaling.get("type", "default"))
+
+    @property
+    def rope_factor(self) -> float:
+        return float((self.rope_scaling or {}).get("factor", 1.0))
+
+
+class NaViLConfig(PretrainedConfig):
+    """NaViL: vision encoder, connector and decoder with modality experts.
+
+    Args:
+        vision_config, text_config: the two towers, as config objects or dicts; `None` means NaViL-2B's.
+        image_token_id: id of `<IMG_CONTEXT>`, the slot of one visual token.
+        image_start_token_id: id of `<img>`, which opens an image and runs on the visual experts too.
+        min_dynamic_patch, max_dynamic_patch: patch budget of an image at its smallest and largest scale.
+        scale_downsample_ratio: side ratio tau of consecutive scales in multi-scale packing.
+
+    Raises:
+        ValueError: values that do not fit together, with the numbers.
+    """
+
+    model_type = "navil"
+    sub_configs = {"vision_config": NaViLVisionConfig, "text_config": NaViLTextConfig}
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any] | NaViLVisionConfig | None = None,
+        text_config: dict[str, Any] | NaViLTextConfig | None = None,
+        image_token_id: int | None = None,
+        image_start_token_id: int | None = None,
+        min_dynamic_patch: int = 256,
+        max_dynamic_patch: int = 24576,
+        scale_downsample_ratio: float = 0.7071,
+        **kwargs: Any,
+    ):
+        if not isinstance(vision_config, NaViLVisionConfig):
+            vision_config = NaViLVisionConfig(**(vision_config or _NAVIL_2B_VISION))
+        if not isinstance(text_config, NaViLTextConfig):
+            text_config = NaViLTextConfig(**(text_config or _NAVIL_2B_TEXT))
+        self.vision_config = vision_config
+        self.text_config = text_config
+        self.image_token_id = image_token_id
+        self.image_start_token_id = image_start_token_id
+        self.min_dynamic_patch = min_dynamic_patch
+        self.max_dynamic_patch = max_dynamic_patch
+        self.scale_downsample_ratio = scale_downsample_ratio
+        tied = kwargs.pop("tie_word_embeddings", text_config.tie_word_embeddings)
+        if tied != text_config.tie_word_embeddings:
+            raise ValueError(f"tie_word_embeddings is {tied} but text_config's is {text_config.tie_word_embeddings}")
+        kwargs["auto_map"] = dict(AUTO_MAP)
+        super().__init__(tie_word_embeddings=tied, **kwargs)
+        self._validate()
+
+    def _validate(self) -> None:
+        _require_positive(self, "min_dynamic_patch", "max_dynamic_patch", "scale_downsample_ratio")
+        if self.min_dynamic_patch > self.max_dynamic_patch:
+            raise ValueError(
+                f"min_dynamic_patch {self.min_dynamic_patch} is larger than max_dynamic_patch {self.max_dynamic_patch}"
+            )
+        if self.scale_downsample_ratio >= 1:
+            raise ValueError(f"scale_downsample_ratio must lie between 0 and 1, got {self.scale_downsample_ratio}")
+        for name in ("image_token_id", "image_start_token_id"):
+            token_id = getattr(self, name)
+            if token_id is not None and not 0 <= token_id < self.text_config.vocab_size:
+                raise ValueError(f"{name} {token_id} lies outside the vocabulary of {self.text_config.vocab_size}")
+
+    @property
+    def downsample_ratio(self) -> float:
+        """Side of a patch over the side of a merged cell, as the released config calls it."""
+        return 1 / self.vision_config.spatial_merge_size
+
+    @classmethod
+    def navil_2b(cls, **overrides: Any) -> "NaViLConfig":
+        """NaViL-2B: a 0.6 B encoder and InternLM2-1.8B (paper, Table 6)."""
+        return cls(vision_config=dict(_NAVIL_2B_VISION), text_config=dict(_NAVIL_2B_TEXT), **overrides)
+
+    @classmethod
+    def navil_9b(cls, **overrides: Any) -> "NaViLConfig":
+        """NaViL-9B: a 1.2 B encoder and Qwen3-8B (paper, Table 6)."""
+        return cls(vision_config=dict(_NAVIL_9B_VISION), text_config=dict(_NAVIL_9B_TEXT), **overrides)
+
+
+_NAVIL_2B_VISION = {
+    "hidden_size": 1472,
+    "intermediate_size": 5888,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 23,
+    "qkv_bias": True,
+    "visual_token_order": "window",
+}
+_NAVIL_2B_TEXT = {
+    "vocab_size": 92556,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+    "max_position_embeddings": 32768,
+}
+_NAVIL_9B_VISION = {
+    "hidden_size": 1792,
+    "intermediate_size": 7168,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 28,
+    "qkv_bias": False,
+    "visual_token_order": "window",
+}
+_NAVIL_9B_TEXT = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "qk_norm": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 40960,
+}
+
+NaViLConfig.register_for_auto_class()

@@ -1,0 +1,49 @@
+"""Chats about pictures from the command line, streaming the answer.
+
+python demo.py --model weights/navil-2b --image examples/cat.jpg --question "What is in this picture?"
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoModel, AutoTokenizer, TextStreamer
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Ask NaViL a question about pictures, or about none.",
+        epilog='example: python demo.py --model DIR --image a.jpg --image b.png --question "What differs?"',
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder or name on the Hub")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="picture; repeat for several")
+    parser.add_argument("--question", required=True, metavar="TEXT", help="may place the pictures by <image>")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    on_gpu = torch.cuda.is_available()
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
+    model = AutoModel.from_pretrained(
+        options.model, torch_dtype=torch.bfloat16 if on_gpu else torch.float32, trust_remote_code=True
+    )
+    model.eval().to("cuda" if on_gpu else "cpu")
+    try:
+        model.chat(
+            tokenizer,
+            options.image or None,
+            options.question,
+            generation_config={"max_new_tokens": options.max_new_tokens},
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1150 @@
+"""NaViL: images of any resolution and text in, text out (arXiv 2510.08565, NeurIPS 2025).
+
+    pixel_values (N, 3*p*p) -> NaViLVisionModel -> NaViLConnector -> visual tokens (V, D) --+
+    input_ids (B, L) -> embed_tokens -> (B, L, D), <IMG_CONTEXT> rows replaced by them <----+
+                     -> split by modality -> NaViLDecoderLayer x depth -> norm -> joined -> lm_head -> logits
+
+In every decoder layer a token meets the projections and the FFN of its own modality; norms, rotary positions and the
+causal attention over all tokens are shared (paper, section 3). No router: a token is visual iff it is `<IMG_CONTEXT>`
+or `<img>` in a pass that carries pixels (reference §4).
+
+Shapes: B batch, L tokens of a sequence, T = B*L tokens, V visual tokens (merged cells), N patches, S scales
+(each scale of each frame is an attention segment), D hidden size, H heads, K key/value heads, E head dimension.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
+
+from .configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
+from .image_processing_navil import NaViLImageProcessor
+from .tokenization_navil import END_OF_TURN, IMAGE_PLACEHOLDER, expand_image_slots
+
+if is_flash_attn_2_available():
+    from flash_attn import flash_attn_varlen_func
+else:
+    flash_attn_varlen_func = None
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+logger = logging.get_logger(__name__)
+
+IGNORE_INDEX = -100
+
+
+class NaViLRMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 whatever the input's dtype."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    """Angles per position step, (dim / 2,) float32.
+
+    Computed where they are used instead of kept in a buffer: a checkpoint or a cast cannot spoil them.
+    """
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates feature i against feature i + E/2 of x (..., E); cos and sin broadcast to x."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def causal_pairs(attention_mask: Tensor | None, cache_position: Tensor, key_length: int) -> Tensor:
+    """(B or 1, 1, L, key_length) bool: which keys each query may see.
+
+    Args:
+        attention_mask: (B, keys) of the keys known so far, 0 for padding; later keys are not written yet.
+        cache_position: (L,) place of each query among the keys.
+    """
+    allowed = torch.arange(key_length, device=cache_position.device) <= cache_position[:, None]  # (L, keys)
+    if attention_mask is None:
+        return allowed[None, None]
+    attention_mask = attention_mask[:, :key_length].to(cache_position.device)
+    real = F.pad(attention_mask, (0, key_length - attention_mask.shape[1])).bool()
+    return (allowed & real[:, None])[:, None]
+
+
+def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bool to 0 where allowed and the dtype's lowest number elsewhere."""
+    blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
+    return torch.where(allowed, blocked.new_zeros(()), blocked)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Vision encoder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def window_order(rows: int, columns: int, window: int) -> tuple[Tensor, list[int]]:
+    """Row-major order over windows and inside each, of a grid of merged cells (reference §2).
+
+    Args:
+        rows, columns: the grid, in merged cells.
+        window: side of a window, in merged cells; windows at the right and bottom edge may be smaller.
+
+    Returns:
+        The raster index of each cell in window order, (rows * columns,), and the number of cells of each window.
+    """
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    windows_per_row = -(-columns // window)
+    window_index = (row // window * windows_per_row + column // window).flatten()
+    return window_index.argsort(stable=True), window_index.bincount().tolist()
+
+
+def patch_positions(rows: int, columns: int, merge: int) -> Tensor:
+    """Row and column, in patches, of each patch of a grid of merged cells, (cells, merge**2, 2)."""
+    row, column = torch.meshgrid(torch.arange(rows * merge), torch.arange(columns * merge), indexing="ij")
+    positions = torch.stack([row, column], dim=-1).view(rows, merge, columns, merge, 2)
+    return positions.transpose(1, 2).reshape(rows * columns, merge**2, 2)
+
+
+class Segments(NamedTuple):
+    """Stretches of the packed patches that attend within themselves only."""
+
+    runs: list[tuple[int, int]]  # (count, length): `count` neighbours of `length` patches each
+    offsets: Tensor  # (segments + 1,) int32, where each begins and the last ends
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
+        runs = [(len(list(group)), length) for length, group in groupby(lengths)]
+        offsets = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
+        return cls(runs, offsets)
+
+    @property
+    def max_length(self) -> int:
+        return max(length for _, length in self.runs)
+
+
+@dataclass
+class PackedLayout:
+    """Where packed patches stand while the encoder works on them; index arithmetic once per forward.
+
+    Cells are worked on with equal-length segments side by side, so that each run of them is one batched attention, and
+    inside a segment window by window. `entry` and `exit` permute merged cells between that order and the outside ones.
+    """
+
+    entry: Tensor  # (V,) input cell at each place of the working order
+    exit: Tensor  # (V,) working place of each output cell
+    positions: Tensor  # (N, 2) row and column in patches, working order
+    segments: Segments
+    windows: Segments
+
+    @classmethod
+    def build(cls, grids: Sequence[Sequence[int]], config: NaViLVisionConfig, device: torch.device) -> "PackedLayout":
+        merge = config.spatial_merge_size
+        window = config.window_size // merge
+        # One (rows, columns) grid of merged cells per frame of each scale, and where its cells begin in the input.
+        frames = [(rows // merge, columns // merge) for count, rows, columns in grids for _ in range(count)]
+        starts = torch.tensor([0] + [rows * columns for rows, columns in frames]).cumsum(0).tolist()
+        entry, window_lengths, output_cells, positions = [], [], [None] * len(frames), []
+        by_length = sorted(range(len(frames)), key=lambda frame: frames[frame][0] * frames[frame][1])
+        for frame in by_length:
+            rows, columns = frames[frame]
+            order, sizes = window_order(rows, columns, window)
+            # Windows of one size side by side.
+            chunks = sorted(order.split(sizes), key=len)
+            working = torch.cat(chunks)
+            entry.append(working + starts[frame])
+            window_lengths += [len(chunk) * merge**2 for chunk in chunks]
+            positions.append(patch_positions(rows, columns, merge)[working].flatten(0, 1))
+            released = order if config.visual_token_order == "window" else torch.arange(rows * columns)
+            output_cells[frame] = released + starts[frame]
+        entry = torch.cat(entry)
+        working_place = torch.empty_like(entry)
+        working_place[entry] = torch.arange(len(entry))
+        segment_lengths = [frames[frame][0] * frames[frame][1] * merge**2 for frame in by_length]
+        return cls(
+            entry=entry.to(device),
+            exit=working_place[torch.cat(output_cells)].to(device),
+            positions=torch.cat(positions).to(device),
+            segments=Segments.of_lengths(segment_lengths, device),
+            windows=Segments.of_lengths(window_lengths, device),
+        )
+
+
+def segment_attention_eager(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+    """Attention inside segments from its definition; query, key, value and result (N, H, E)."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.transpose(-1, -2) * scaling).softmax(dim=-1, dtype=torch.float32)
+        return weights.to(v.dtype) @ v
+
+    return _attend_by_run(attend, query, key, value, segments)
+
+
+def segment_attention_sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+    """As `segment_attention_eager`, by torch's scaled_dot_product_attention over each run of equal-length segments."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=scaling)
+
+    return _attend_by_run(attend, query, key, value, segments)
+
+
+def _attend_by_run(attend: Callable, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+    sizes = [count * length for count, length in segments.runs]
+    outputs = []
+    for (count, _), *run in zip(segments.runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in run)  # (count, H, length, E)
+        outputs.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)  # (N, H, E)
+
+
+def segment_attention_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+    """As `segment_attention_eager`, by torch's own variable-length flash attention (CUDA, half precision)."""
+    length = segments.max_length
+    return varlen_attn(query, key, value, segments.offsets, segments.offsets, length, length, scale=scaling)
+
+
+def segment_attention_flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+    """As `segment_attention_eager`, by the flash-attn package (CUDA, half precision)."""
+    length = segments.max_length
+    return flash_attn_varlen_func(
+        query, key, value, segments.offsets, segments.offsets, length, length, softmax_scale=scaling
+    )
+
+
+SEGMENT_ATTENTION_FUNCTIONS = {
+    "eager": segment_attention_eager,
+    "sdpa": segment_attention_sdpa,
+    "varlen": segment_attention_varlen,
+    "flash_attention_2": segment_attention_flash,
+}
+
+
+def segment_attention_function(implementation: str, query: Tensor) -> Callable:
+    """The function for a config's attention implementation; `sdpa` means torch's best kernel for the query's device."""
+    half_on_cuda = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if implementation == "sdpa" and half_on_cuda and varlen_attn is not None:
+        implementation = "varlen"
+    return SEGMENT_ATTENTION_FUNCTIONS[implementation]
+
+
+class NaViLVisionAttention(nn.Module):
+    def __init__(self, config: NaViLVisionConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # (N, H, E) each
+        query, key = (rotate_pairs(heads.float(), cos, sin).to(x.dtype) for heads in (query, key))
+        attend = segment_attention_function(self.config._attn_implementation, query)
+        return self.proj(attend(query, key, value, segments, self.scaling).flatten(1))
+
+
+class NaViLVisionMLP(nn.Module):
+    def __init__(self, config: NaViLVisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class NaViLVisionBlock(nn.Module):
+    def __init__(self, config: NaViLVisionConfig):
+        super().__init__()
+        norm = nn.LayerNorm if config.norm_type == "layer_norm" else NaViLRMSNorm
+        self.norm1 = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm2 = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = NaViLVisionAttention(config)
+        self.mlp = NaViLVisionMLP(config)
+        self.ls1 = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init))
+        self.ls2 = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        x = x + self.ls1 * self.attn(self.norm1(x), cos, sin, segments)
+        return x + self.ls2 * self.mlp(self.norm2(x))
+
+
+class NaViLPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by all parts of NaViL."""
+
+    config_class = NaViLConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NaViLVisionBlock", "NaViLDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn_2 = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _supports_cache_class = True
+    _supports_static_cache = True
+    _supports_quantized_cache = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, NaViLVisionBlock):
+            nn.init.constant_(module.ls1, module.attn.config.layer_scale_init)
+            nn.init.constant_(module.ls2, module.attn.config.layer_scale_init)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, mean=0.0, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, NaViLRMSNorm | nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    @staticmethod
+    def _prepare_4d_causal_attention_mask_with_cache_position(
+        attention_mask: Tensor, target_length: int, dtype: torch.dtype, cache_position: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """The mask that `generate` prepares for static caches, so that a compiled forward sees one shape."""
+        return additive_mask(causal_pairs(attention_mask, cache_position, target_length), dtype)
+
+    def _run(self, layer: nn.Module, *args: Any) -> Any:
+        """Calls a layer, recomputing it in the backward pass when gradient checkpointing is on."""
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(layer.__call__, *args)
+        return layer(*args)
+
+
+class NaViLVisionModel(NaViLPreTrainedModel):
+    """ViT over packed patches of any number of images and scales; no padding and no N x N mask (reference §2)."""
+
+    config_class = NaViLVisionConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: NaViLVisionConfig):
+        super().__init__(config)
+        self.patch_embedding = nn.Linear(config.patch_dim, config.hidden_size)
+        self.blocks = nn.ModuleList([NaViLVisionBlock(config) for _ in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.patch_embedding
+
+    def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """Encodes patches.
+
+        Args:
+            pixel_values: (N, 3*p*p) or (N, 3, p, p) patches, merge groups together (reference §5).
+            image_grid_thw: (S, 3) frames, rows and columns of each scale, in patches.
+
+        Returns:
+            (V, merge**2, D_vision) features, by merged cell, in the config's `visual_token_order`.
+
+        Raises:
+            ValueError: grids and patches that do not fit each other or the config.
+        """
+        config = self.config
+        patches = self._check_inputs(pixel_values, image_grid_thw)
+        layout = PackedLayout.build(image_grid_thw.tolist(), config, patches.device)
+        cells = patches.unflatten(0, (-1, config.spatial_merge_size**2))[layout.entry]
+        x = self.patch_embedding(cells.flatten(0, 1).to(self.patch_embedding.weight.dtype))  # (N, D_vision)
+        frequencies = rotary_frequencies(config.head_dim // 2, config.rope_theta, x.device)  # (E/4,)
+        angles = (layout.positions[..., None] * frequencies).flatten(1).repeat(1, 2)[:, None]  # (N, 1, E)
+        cos, sin = angles.cos(), angles.sin()
+        full_blocks = range(len(self.blocks)) if config.fullatt_block_indexes is None else config.fullatt_block_indexes
+        for index, block in enumerate(self.blocks):
+            segments = layout.segments if index in full_blocks else layout.windows
+            x = self._run(block, x, cos, sin, segments)
+        return x.unflatten(0, (-1, config.spatial_merge_size**2))[layout.exit]
+
+    def _check_inputs(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        merge, patch_dim = self.config.spatial_merge_size, self.config.patch_dim
+        patches = pixel_values.flatten(1)
+        if patches.shape[1] != patch_dim:
+            raise ValueError(f"pixel_values has {patches.shape[1]} numbers per patch, expected {patch_dim}")
+        if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3:
+            raise ValueError(f"image_grid_thw must be (scales, 3), got {tuple(image_grid_thw.shape)}")
+        grids = image_grid_thw.tolist()
+        for grid in grids:
+            if min(grid) < 1 or grid[1] % merge or grid[2] % merge:
+                raise ValueError(f"rows and columns of a grid must be positive multiples of {merge}, got {grid}")
+        num_patches = sum(frames * rows * columns for frames, rows, columns in grids)
+        if num_patches != len(patches):
+            raise ValueError(f"image_grid_thw describes {num_patches} patches but pixel_values has {len(patches)}")
+        return patches
+
+
+class NaViLConnector(nn.Module):
+    """Merges the patches of a cell into one visual token: pixel shuffle, LayerNorm, MLP (reference §3)."""
+
+    def __init__(self, config: NaViLConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.vision_config.merged_dim, eps=1e-5)
+        self.fc1 = nn.Linear(config.vision_config.merged_dim, config.text_config.hidden_size)
+        self.fc2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """(V, merge**2, D_vision) -> (V, D)."""
+        return self.fc2(F.gelu(self.fc1(self.norm(cells.flatten(1)))))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decoder with modality experts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class ModalityOrder(NamedTuple):
+    """Tokens of a batch sorted by modality, text first, so that each expert runs on one contiguous stretch.
+
+    Built once per forward pass; `by_modality` is None when every token is text and the order is the sequence order.
+    """
+
+    batch_shape: tuple[int, int]  # (B, L)
+    num_text: int
+    by_modality: Tensor | None  # (T,) token at each sorted place
+    by_sequence: Tensor | None  # (T,) sorted place of each token
+
+    @classmethod
+    def build(cls, batch_shape: tuple[int, int], visual_mask: Tensor | None) -> "ModalityOrder":
+        """visual_mask: (B, L) bool, or None when every token is text."""
+        if visual_mask is None:
+            return cls(batch_shape, batch_shape[0] * batch_shape[1], None, None)
+        visual = visual_mask.flatten()
+        text_index = (~visual).nonzero(as_tuple=True)[0]  # the one host sync
+        by_modality = torch.cat([text_index, visual.nonzero(as_tuple=True)[0]])
+        by_sequence = torch.empty_like(by_modality)
+        by_sequence[by_modality] = torch.arange(len(by_modality), device=by_modality.device)
+        return cls(batch_shape, len(text_index), by_modality, by_sequence)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, L, ...) in sequence order -> (T, ...) sorted by modality."""
+        x = x.flatten(0, 1)
+        return x if self.by_modality is None else x[self.by_modality]
+
+    def join(self, x: Tensor) -> Tensor:
+        """(T, ...) sorted by modality -> (B, L, ...) in sequence order."""
+        x = x if self.by_sequence is None else x[self.by_sequence]
+        return x.unflatten(0, self.batch_shape)
+
+    def apply_experts(self, text_expert: Callable, visual_expert: Callable, x: Tensor) -> Tensor:
+        """Each expert on its own tokens of x (T, ...)."""
+        if self.num_text == len(x):
+            return text_expert(x)
+        return torch.cat([text_expert(x[: self.num_text]), visual_expert(x[self.num_text :])])
+
+
+class CausalMask:
+    """Additive mask over past keys and padding, built when the first layer knows how many keys the cache holds.
+
+    Args:
+        attention_mask: (B, keys) 1 for tokens and 0 for padding, or a ready-made (B, 1, L, keys) mask, or None.
+        cache_position: (L,) place of each query among the keys.
+        past_length: keys in the cache, or None when only the device knows (static caches).
+        implementation: the attention implementation that reads the mask, in every layer.
+    """
+
+    def __init__(
+        self,
+        attention_mask: Tensor | None,
+        cache_position: Tensor,
+        past_length: int | None,
+        implementation: str,
+        dtype: torch.dtype,
+    ):
+        self.attention_mask = attention_mask
+        self.cache_position = cache_position
+        self.past_length = past_length
+        self.implementation = implementation
+        self.dtype = dtype
+        self._built: Tensor | None = None
+        self._key_length: int | None = None
+
+    def __call__(self, key_length: int, device: torch.device) -> Tensor | None:
+        if key_length != self._key_length:
+            self._built, self._key_length = self._build(key_length), key_length
+        return None if self._built is None else self._built.to(device)
+
+    def _build(self, key_length: int) -> Tensor | None:
+        mask = self.attention_mask
+        if mask is not None and mask.ndim == 4:
+            mask = mask[..., :key_length]
+            return additive_mask(mask, self.dtype) if mask.dtype == torch.bool else mask
+        has_padding = mask is not None and (torch.compiler.is_compiling() or not bool(mask.all()))
+        if self.implementation == "flash_attention_2":
+            return mask if has_padding else None
+        if self.implementation != "eager" and not has_padding and self._kernel_is_causal(key_length):
+            return None
+        return additive_mask(causal_pairs(mask, self.cache_position, key_length), self.dtype)
+
+    def _kernel_is_causal(self, key_length: int) -> bool:
+        """Whether the queries are all keys, or one query that sees every key: what a kernel does without a mask."""
+        num_queries = len(self.cache_position)
+        known_length = self.attention_mask.shape[1] if self.attention_mask is not None else None
+        if known_length is None and self.past_length is not None:
+            known_length = self.past_length + num_queries
+        return known_length == key_length and num_queries in (1, key_length)
+
+
+def decoder_attention_eager(
+    module: "NaViLAttention",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention from its definition; query (B, H, L, E), key and value (B, K, keys, E).
+
+    Returns:
+        The output (B, L, H, E) and the weights (B, H, L, keys).
+    """
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class NaViLAttentionExpert(nn.Module):
+    """One modality's projections into and out of the shared attention."""
+
+    def __init__(self, config: NaViLTextConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_dim = config.num_attention_heads * config.head_dim
+        key_dim = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = NaViLRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = NaViLRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def query(self, x: Tensor) -> Tensor:
+        return self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, H, E)
+
+    def key(self, x: Tensor) -> Tensor:
+        return self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, K, E)
+
+    def value(self, x: Tensor) -> Tensor:
+        return self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, E)
+
+
+class NaViLAttention(nn.Module):
+    """Causal attention over all tokens, with the projections of each token's modality (MHA-MMoE)."""
+
+    def __init__(self, config: NaViLTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        self.text = NaViLAttentionExpert(config)
+        self.visual = NaViLAttentionExpert(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        order: ModalityOrder,
+        rotary: tuple[Tensor, Tensor],
+        causal_mask: CausalMask,
+        past_key_values: Cache | None,
+        cache_position: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        text, visual = self.text, self.visual
+        query = order.join(order.apply_experts(text.query, visual.query, x)).transpose(1, 2)  # (B, H, L, E)
+        key = order.join(order.apply_experts(text.key, visual.key, x)).transpose(1, 2)  # (B, K, L, E)
+        value = order.join(order.apply_experts(text.value, visual.value, x)).transpose(1, 2)
+        query, key = rotate_pairs(query, *rotary), rotate_pairs(key, *rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
+        implementation = causal_mask.implementation
+        attend = decoder_attention_eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        dropout = self.config.attention_dropout if self.training else 0.0
+        mask = causal_mask(key.shape[-2], query.device)
+        output, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout)
+        output = order.split(output.flatten(2))  # (T, H*E)
+        return order.apply_experts(text.o_proj, visual.o_proj, output), weights
+
+
+class NaViLFeedForwardExpert(nn.Module):
+    """SwiGLU of one modality."""
+
+    def __init__(self, config: NaViLTextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class NaViLFeedForward(nn.Module):
+    """The FFN of each token's modality (FFN-MMoE)."""
+
+    def __init__(self, config: NaViLTextConfig):
+        super().__init__()
+        self.text = NaViLFeedForwardExpert(config)
+        self.visual = NaViLFeedForwardExpert(config)
+
+    def forward(self, x: Tensor, order: ModalityOrder) -> Tensor:
+        return order.apply_experts(self.text, self.visual, x)
+
+
+class NaViLDecoderLayer(nn.Module):
+    def __init__(self, config: NaViLTextConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = NaViLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = NaViLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = NaViLAttention(config, layer_idx)
+        self.mlp = NaViLFeedForward(config)
+
+    def forward(self, x: Tensor, order: ModalityOrder, *attention_args: Any) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.self_attn(self.input_layernorm(x), order, *attention_args)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x), order), weights
+
+
+class NaViLTextModel(NaViLPreTrainedModel):
+    """The decoder without its output head. With no visual token it is a plain LLM at a plain LLM's cost."""
+
+    config_class = NaViLTextConfig
+
+    def __init__(self, config: NaViLTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([NaViLDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = NaViLRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        visual_token_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As transformers' decoders; `visual_token_mask` (B, L) bool says which tokens the visual experts take."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch_shape = tuple(inputs_embeds.shape[:2])
+        if visual_token_mask is not None and tuple(visual_token_mask.shape) != batch_shape:
+            raise ValueError(f"visual_token_mask is {tuple(visual_token_mask.shape)} but the tokens are {batch_shape}")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if cache_position is None:
+            cache_position = torch.arange(batch_shape[1], device=inputs_embeds.device) + past_length
+        if position_ids is None:
+            position_ids = default_position_ids(attention_mask, cache_position)
+        rotary = self._rotary(position_ids, inputs_embeds.dtype)
+        order = ModalityOrder.build(batch_shape, visual_token_mask)
+        causal_mask = CausalMask(
+            attention_mask,
+            cache_position,
+            past_length if isinstance(past_length, int) else None,
+            "eager" if output_attentions else self.config._attn_implementation,  # kernels keep no weights
+            inputs_embeds.dtype,
+        )
+
+        x = order.split(inputs_embeds)  # (T, D)
+        hidden_states, attentions = [], []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(order.join(x))
+            x, weights = self._run(layer, x, order, rotary, causal_mask, past_key_values, cache_position)
+            attentions.append(weights)
+        last_hidden_state = order.join(self.norm(x))  # (B, L, D)
+        hidden_states.append(last_hidden_state)
+        return BaseModelOutputWithPast(
+            last_hidden_state=last_hidden_state,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, (B, 1, L, E), of 1D RoPE with none, linear or dynamic NTK scaling."""
+        config = self.config
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, position_ids.device)  # (E/2,)
+        positions = position_ids[..., None].float()  # (B, L, 1)
+        if config.rope_type == "linear":
+            positions = positions / config.rope_factor
+        elif config.rope_type == "dynamic":
+            # The base grows with the sequence beyond the trained context, per sequence and without a host sync.
+            stretch = (positions.amax(dim=1, keepdim=True) + 1).clamp(min=config.max_position_embeddings)
+            growth = config.rope_factor * stretch / config.max_position_embeddings - (config.rope_factor - 1)
+            exponents = torch.arange(0, config.head_dim, 2, device=growth.device) / (config.head_dim - 2)
+            frequencies = frequencies * growth**-exponents  # (B, 1, E/2)
+        angles = (positions * frequencies).repeat(1, 1, 2)[:, None]  # (B, 1, L, E)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def default_position_ids(attention_mask: Tensor | None, cache_position: Tensor) -> Tensor:
+    """(B or 1, L) positions that do not count padding."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return cache_position[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -len(cache_position) :]
+
+
+class NaViLForCausalLM(NaViLPreTrainedModel, GenerationMixin):
+    """The decoder with its output head: NaViL's language model, also usable alone on text."""
+
+    config_class = NaViLTextConfig
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: NaViLTextConfig):
+        super().__init__(config)
+        self.model = NaViLTextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_decoder(self) -> nn.Module:
+        return self.model
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        visual_token_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_weight: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As transformers' causal LMs, plus `visual_token_mask` and `loss_weight` (see `next_token_loss`)."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            visual_token_mask=visual_token_mask,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            if logits.shape[1] != labels.shape[1]:
+                raise ValueError(f"labels cover {labels.shape[1]} positions but logits {logits.shape[1]}")
+            loss = next_token_loss(logits, labels, loss_weight, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def next_token_loss(
+    logits: Tensor, labels: Tensor, loss_weight: Tensor | None = None, num_items: int | Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of each position's logits against the next position's label (reference §8).
+
+    Args:
+        logits: (B, L, vocabulary).
+        labels: (B, L) ids, -100 where nothing is to be learned.
+        loss_weight: (B, L) weight of each label. The loss is then sum(w * ce) / sum(w) over all shifted positions; an
+            ignored label adds 0 to the first sum and its weight to the second.
+        num_items: labels in the whole accumulated batch, over which the sum is divided instead of this batch's own.
+    """
+    logits, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
+    if loss_weight is not None:
+        weight = loss_weight[:, 1:].flatten().to(logits)
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+        return (losses * weight).sum() / weight.sum()
+    if num_items is not None:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum") / num_items
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The composed model
+# ----------------------------------------------------------------------------------------------------------------------
+
+VISUAL_INPUTS = ("pixel_values", "image_grid_thw", "num_scales", "visual_token_mask")
+"""Inputs of `generate` that belong to the prompt alone."""
+
+
+class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
+    """NaViL: vision encoder, connector and language model, with `generate` and `chat`."""
+
+    _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+
+    def __init__(self, config: NaViLConfig):
+        super().__init__(config)
+        self.vision_model = NaViLVisionModel(config.vision_config)
+        self.connector = NaViLConnector(config)
+        self.language_model = NaViLForCausalLM(config.text_config)
+        patch_pixels = config.vision_config.patch_size**2
+        self.image_processor = NaViLImageProcessor(
+            patch_size=config.vision_config.patch_size,
+            merge_size=config.vision_config.spatial_merge_size,
+            min_pixels=config.min_dynamic_patch * patch_pixels,
+            max_pixels=config.max_dynamic_patch * patch_pixels,
+            scale_downsample_ratio=config.scale_downsample_ratio,
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def init_special_token_ids(self, tokenizer: Any) -> None:
+        """Reads the ids of `<IMG_CONTEXT>` and `<img>` off a tokenizer into the config.
+
+        Raises:
+            ValueError: the tokenizer lacks them, or they lie outside the embedding table.
+        """
+        vocabulary = tokenizer.get_vocab()
+        token_ids = [vocabulary.get(token) for token in ("<IMG_CONTEXT>", "<img>")]
+        vocab_size = self.config.text_config.vocab_size
+        if any(token_id is None or token_id >= vocab_size for token_id in token_ids):
+            raise ValueError(f"<IMG_CONTEXT> and <img> have ids {token_ids}, the embedding table {vocab_size} rows")
+        self.config.image_token_id, self.config.image_start_token_id = token_ids
+
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """Visual tokens of packed patches.
+
+        Args:
+            pixel_values: (N, 3*p*p) or (N, 3, p, p).
+            image_grid_thw: (S, 3) frames, rows and columns of each scale, in patches.
+
+        Returns:
+            (V, D), in the order in which `<IMG_CONTEXT>` slots take them.
+
+        Raises:
+            ValueError: patches and grids that do not fit each other.
+        """
+        return self.connector(self.vision_model(pixel_values, image_grid_thw))
+
+    def get_visual_token_mask(self, input_ids: Tensor) -> Tensor:
+        """(B, L) bool: the tokens that run on the visual experts in a pass that carries pixels."""
+        if self.config.image_token_id is None or self.config.image_start_token_id is None:
+            raise ValueError(
+                "config.image_token_id and image_start_token_id are not set: call init_special_token_ids(tokenizer)"
+            )
+        return (input_ids == self.config.image_token_id) | (input_ids == self.config.image_start_token_id)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        num_scales: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        visual_token_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_weight: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass over images and text.
+
+        Args beyond transformers' convention:
+            pixel_values: (N, 3*p*p) or (N, 3, p, p) patches of all images of the batch.
+            image_grid_thw: (S, 3) frames, rows and columns of each scale, in patches.
+            num_scales: (images,) how many of the scales belong to each image.
+            visual_token_mask: (B, L) bool tokens for the visual experts; needed only with `inputs_embeds` that hold
+                visual tokens already.
+            labels: (B, L) ids or -100. A position that holds `<IMG_CONTEXT>` learns nothing, whatever comes next.
+            loss_weight: (B, L) weights of the labels, see `next_token_loss`; they alone decide then what counts.
+
+        Raises:
+            ValueError: another number of `<IMG_CONTEXT>` tokens than of visual tokens (both are named), or inputs
+                that do not fit together.
+        """
+        if pixel_values is not None:
+            if input_ids is None or image_grid_thw is None:
+                raise ValueError("pixel_values needs input_ids and image_grid_thw")
+            if num_scales is not None and int(num_scales.sum()) != len(image_grid_thw):
+                raise ValueError(
+                    f"num_scales adds up to {int(num_scales.sum())} but image_grid_thw has {len(image_grid_thw)} scales"
+                )
+            visual_token_mask = self.get_visual_token_mask(input_ids)
+            inputs_embeds = self._embed(input_ids, inputs_embeds, self.get_image_features(pixel_values, image_grid_thw))
+        elif inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if labels is not None and loss_weight is None and pixel_values is not None:
+            predicts_nothing = F.pad(input_ids[:, :-1] == self.config.image_token_id, (1, 0)).to(labels.device)
+            labels = labels.masked_fill(predicts_nothing, IGNORE_INDEX)
+        return self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            visual_token_mask=visual_token_mask,
+            labels=labels,
+            loss_weight=loss_weight,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def _embed(self, input_ids: Tensor, inputs_embeds: Tensor | None, visual_tokens: Tensor) -> Tensor:
+        """Token embeddings (B, L, D) with the visual tokens in their slots."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        slots = input_ids == self.config.image_token_id
+        num_slots = int(slots.sum())
+        if num_slots != len(visual_tokens):
+            raise ValueError(
+                f"input_ids has {num_slots} <IMG_CONTEXT> tokens but the images give {len(visual_tokens)} visual tokens"
+            )
+        visual_tokens = visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(slots[..., None].to(inputs_embeds.device), visual_tokens)
+
+    # -- generation ----------------------------------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, visual_token_mask: Tensor | None = None, **kwargs
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if visual_token_mask is not None:
+            tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            inputs["visual_token_mask"] = visual_token_mask[:, -tokens.shape[1] :]
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("use_cache", True):  # the prompt is in the cache now, its images with it
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in VISUAL_INPUTS}
+        return model_kwargs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeats every prompt `expand_size` times, each with its own images (beams, several return sequences)."""
+        packed = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_thw", "num_scales")}
+        if expand_size > 1 and packed["pixel_values"] is not None:
+            packed = self._repeat_images(input_ids, expand_size, **packed)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | {name: value for name, value in packed.items() if value is not None}
+
+    def _repeat_images(
+        self, input_ids: Tensor, times: int, pixel_values: Tensor, image_grid_thw: Tensor, num_scales: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        # Which rows' slots a scale fills: slots and scales are both in order over the batch.
+        slots_before = (input_ids == self.config.image_token_id).sum(-1).cumsum(0)  # (B,)
+        patches_per_scale = image_grid_thw.prod(-1)
+        cells_before = (patches_per_scale // self.config.vision_config.spatial_merge_size**2).cumsum(0)
+        row_of_scale = torch.searchsorted(slots_before, cells_before.to(slots_before.device)).to(image_grid_thw.device)
+
+        def repeat(x: Tensor, row: Tensor) -> Tensor:
+            return torch.cat([x[row == index].repeat(times, *[1] * (x.ndim - 1)) for index in range(len(input_ids))])
+
+        row_of_patch = row_of_scale.repeat_interleave(patches_per_scale)
+        if num_scales is not None:
+            num_scales = repeat(num_scales, row_of_scale[num_scales.cumsum(0) - 1])
+        return {
+            "pixel_values": repeat(pixel_values, row_of_patch.to(pixel_values.device)),
+            "image_grid_thw": repeat(image_grid_thw, row_of_scale),
+            "num_scales": num_scales,
+        }
+
+    # -- chat ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def chat(
+        self,
+        tokenizer: Any,
+        pixel_values: Any,
+        question: str,
+        generation_config: dict[str, Any] | GenerationConfig | None = None,
+        history: Sequence[tuple[str, str]] | None = None,
+        return_history: bool = False,
+        num_patches_list: Any = None,
+        num_scales: Any = None,
+        anyres_image_size: bool = True,
+        verbose: bool = False,
+        streamer: Any = None,
+    ) -> str | tuple[str, list[tuple[str, str]]]:
+        """Answers a question about images, or about none.
+
+        Args:
+            tokenizer: a `NaViLTokenizer`.
+            pixel_values: None; an image (PIL, path or array) or a list of them; the image processor's output; or
+                patches (N, 3*p*p) or (N, 3, p, p) with `num_patches_list`.
+            question: may say where the images go by `<image>`; else they go in front of a first question.
+            generation_config: settings for `generate`; the default is greedy, up to 1024 new tokens.
+            history: earlier (question, answer) turns; `<image>` in their questions takes the first images.
+            return_history: return (answer, history with this turn) instead of the answer.
+            num_patches_list: (S, 3) grids of patches given as a tensor, `image_grid_thw` of the image processor.
+            num_scales: (images,) scales of each image; None means one each.
+            anyres_image_size: always True, the only mode that NaViL has.
+            verbose: write the question and the answer to the standard output.
+            streamer: receives tokens as they are generated, as in `generate`.
+
+        Raises:
+            ValueError: an empty question, control tokens in the text, another number of `<image>` than of images, or
+                image inputs that do not fit together.
+        """
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"question must be a text that is not empty, got {question!r}")
+        if not anyres_image_size:
+            raise ValueError("anyres_image_size must be True: NaViL sees images at their own resolution only")
+        if self.config.image_token_id is None:
+            self.init_special_token_ids(tokenizer)
+        images = self._image_inputs(pixel_values, num_patches_list, num_scales)
+        history = list(history or [])
+        if not history and IMAGE_PLACEHOLDER not in question:
+            question = f"{IMAGE_PLACEHOLDER}\n" * len(images.get("num_scales", ())) + question
+
+        input_ids = self._encode_chat(tokenizer, [*history, (question, None)], images)
+        settings = generation_config
+        if isinstance(settings, GenerationConfig):
+            settings = settings.to_diff_dict()
+        end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        defaults = {"do_sample": False, "max_new_tokens": 1024, "eos_token_id": end_of_turn}
+        output_ids = self.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            streamer=streamer,
+            **images,
+            **{"pad_token_id": tokenizer.pad_token_id, **defaults, **(settings or {})},
+        )
+        answer_ids = output_ids[0, input_ids.shape[1] :]
+        answer = tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+        if verbose:
+            sys.stdout.write(f"{question}\n{answer}\n")
+        return (answer, [*history, (question, answer)]) if return_history else answer
+
+    def _encode_chat(
+        self, tokenizer: Any, turns: Sequence[tuple[str, str | None]], images: dict[str, Tensor]
+    ) -> Tensor:
+        """Ids (1, L) of a conversation whose last turn has no answer yet."""
+        messages = []
+        for question, answer in turns:
+            messages.append({"role": "user", "content": question})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        grids = images["image_grid_thw"].tolist() if images else []
+        num_scales = images["num_scales"].tolist() if images else []
+        merge_size = self.config.vision_config.spatial_merge_size
+        [prompt] = expand_image_slots([prompt], grids, num_scales, merge_size)
+        input_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+        return input_ids.to(self.device)
+
+    def _image_inputs(self, pixel_values: Any, grids: Any, num_scales: Any) -> dict[str, Tensor]:
+        """Every form of image input that `chat` takes -> `pixel_values`, `image_grid_thw` and `num_scales`."""
+        if pixel_values is None:
+            if grids is not None or num_scales is not None:
+                raise ValueError("num_patches_list and num_scales need pixel_values")
+            return {}
+        if hasattr(pixel_values, "keys"):  # the image processor's output
+            grids = pixel_values["image_grid_thw"] if grids is None else grids
+            num_scales = pixel_values.get("num_scales") if num_scales is None else num_scales
+            pixel_values = pixel_values["pixel_values"]
+        elif grids is None:
+            shape = tuple(getattr(pixel_values, "shape", ()))
+            if num_scales is not None or len(shape) == 4 or shape[1:] == (self.config.vision_config.patch_dim,):
+                raise ValueError("patches and num_scales need num_patches_list, the image processor's image_grid_thw")
+            images = self.image_processor(pixel_values, multi_scale=True, return_tensors="pt")
+            return {name: tensor.to(self.device) for name, tensor in images.items()}
+        grids = torch.as_tensor(grids)
+        num_scales = torch.ones(len(grids), dtype=torch.long) if num_scales is None else torch.as_tensor(num_scales)
+        images = {"pixel_values": torch.as_tensor(pixel_values), "image_grid_thw": grids, "num_scales": num_scales}
+        return {name: tensor.to(self.device) for name, tensor in images.items()}
+
+
+NaViLForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -1,0 +1,88 @@
+"""Shared fixtures. The package's modules are imported as `navil.*`, its root standing in for an installed package."""
+
+import json
+import os
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
+BACKBONES = ("internlm2", "qwen3")
+
+# Remote code is copied to a module cache: not the user's own. transformers reads this when it is imported.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="navil-modules-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(ROOT))
+_package = types.ModuleType("navil")
+_package.__path__ = [str(ROOT)]
+sys.modules["navil"] = _package
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoModel, AutoProcessor, AutoTokenizer  # noqa: E402
+
+import convert_checkpoint  # noqa: E402
+
+
+def recorded_image(width: int, height: int, seed: int) -> Image.Image:
+    """The picture that the recordings were made with (fixtures/README.md)."""
+    x, y = np.arange(width, dtype=np.float64)[None], np.arange(height, dtype=np.float64)[:, None]
+    red = 127.5 + 127.5 * np.sin(x / 7 + seed) + 0 * y
+    green = 127.5 + 127.5 * np.cos(y / 5 + 2 * seed) + 0 * x
+    blue = (3 * x + 5 * y + 17 * seed) % 256
+    return Image.fromarray(np.stack([red, green, blue], axis=-1).astype(np.uint8))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest magnitude."""
+    return ((actual.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+class Recording:
+    """One recorded checkpoint, converted and loaded through the Auto classes, with its recorded cases."""
+
+    def __init__(self, name: str, folder: Path):
+        self.source = FIXTURES / name
+        self.folder = folder
+        assert convert_checkpoint.main(["official", str(self.source), str(folder)]) == 0
+        self.model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, use_fast=False)
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        self.cases = {case["name"]: case for case in json.loads((self.source / "cases.json").read_text())["cases"]}
+        self._tensors = load_file(self.source / "cases.safetensors")
+
+    def tensors(self, case: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(f"{case}."): t for name, t in self._tensors.items() if name.startswith(f"{case}.")}
+
+    def inputs(self, case: str) -> dict[str, torch.Tensor]:
+        """Recorded inputs of a forward pass."""
+        names = ("input_ids", "pixel_values", "image_grid_thw", "num_scales")
+        return {name: tensor for name, tensor in self.tensors(case).items() if name in names}
+
+    def images(self, case: str) -> list[Image.Image] | None:
+        return [recorded_image(*image) for image in self.cases[case]["images"]] or None
+
+    def history(self, case: str) -> list[tuple[str, str]] | None:
+        history = self.cases[case]["history"]
+        return None if history is None else [tuple(turn) for turn in history]
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory) -> dict[str, Recording]:
+    folder = tmp_path_factory.mktemp("converted")
+    return {name: Recording(name, folder / name) for name in BACKBONES}
+
+
+@pytest.fixture(params=BACKBONES)
+def recording(request, recordings) -> Recording:
+    return recordings[request.param]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,278 @@
+"""convert_checkpoint.py: every released layout goes in, nothing is lost, and a bad source leaves nothing behind."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BACKBONES, FIXTURES, ROOT, recorded_image, relative_error
+from released_model import SPECIAL_TOKENS, ReleasedModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
+
+import convert_checkpoint as converter
+
+MODEL_FILES = {
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "README.md"),
+    *("LICENSE", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors"),
+    *(f"{name}_navil.py" for name in ("configuration", "image_processing", "modeling", "processing", "tokenization")),
+}
+
+
+def convert(source: Path, destination: Path, *options: str) -> None:
+    assert converter.main(["official", str(source), str(destination), *options]) == 0
+
+
+def error_of(capsys, source: Path, destination: Path) -> str:
+    """What the converter says of a source that it refuses; it must leave nothing behind."""
+    assert converter.main(["official", str(source), str(destination)]) == 1
+    assert not destination.exists()
+    assert [path.name for path in destination.parent.iterdir() if path.name.startswith(".")] == []
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A copy of a released checkpoint to tamper with."""
+    folder = tmp_path / "source"
+    shutil.copytree(FIXTURES / "qwen3", folder, ignore=shutil.ignore_patterns("cases*"))
+    return folder
+
+
+def edit_config(folder: Path, section: str | None = None, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (config[section] if section else config).update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# -- full size ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "backbone"), [("2b", "internlm2"), ("9b", "qwen3")])
+def test_official_layout_becomes_the_preset(size, backbone):
+    layout = json.loads((FIXTURES / f"official_layout_{size}.json").read_text())
+    preset = getattr(converter.configuration.NaViLConfig, f"navil_{size}")()
+    recorded = layout["config"]
+    assert converter.convert_vision_config(recorded["vision_config"], 0.5).to_dict() == preset.vision_config.to_dict()
+    assert converter.convert_text_config(recorded["llm_config"], False).to_dict() == preset.text_config.to_dict()
+    budget = ("min_dynamic_patch", "max_dynamic_patch", "scale_downsample_ratio")
+    assert all(recorded[name] == getattr(preset, name) for name in budget)
+
+    rules = converter.official_rules(preset, backbone, range(12), source_tied=False, visual_bias=False)
+    shapes = {name: tuple(shape) for name, shape in layout["tensors"].items()}
+    converter.check_sources(rules, shapes)
+    modeling = converter.navil_module("modeling_navil", "NaViLForConditionalGeneration")
+    with torch.device("meta"):
+        model = modeling.NaViLForConditionalGeneration(preset)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert {rule.target: converter.target_shape(rule, shapes) for rule in rules} == expected
+    assert len(rules) == len(expected)
+
+
+def test_root_config_is_navil_2b():
+    preset = converter.configuration.NaViLConfig.navil_2b().to_dict()
+    root = converter.configuration.NaViLConfig(**json.loads((ROOT / "config.json").read_text())).to_dict()
+    for settings in (preset, root):
+        for name in ("architectures", "torch_dtype", "transformers_version"):
+            settings.pop(name)
+    assert root == preset
+    assert json.loads((ROOT / "config.json").read_text())["auto_map"] == converter.configuration.AUTO_MAP
+
+
+# -- variants without a recording --------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "mha": {"llm_config": {"num_key_value_heads": 4}},
+    "gqa-4-to-1": {"llm_config": {"num_key_value_heads": 1}},
+    "layer-norm": {"vision_config": {"norm_type": "layer_norm", "qkv_bias": True}},
+    "no-qkv-bias": {"vision_config": {"qkv_bias": False}},
+    "all-biases": {"llm_config": {"bias": True, "attention_bias": True}, "visual_bias": True},
+    "text-biases": {"llm_config": {"bias": True, "attention_bias": True}, "visual_bias": False},
+    "tied": {"llm_config": {"tie_word_embeddings": True}},
+    "windows-everywhere": {"vision_config": {"fullatt_block_indexes": [], "window_size": 4}},
+    "one-full-block": {"vision_config": {"fullatt_block_indexes": [2], "window_size": 8}},
+    "tau-half": {"scale_downsample_ratio": 0.5},
+    "system-message": {"system_message": "Answer 'briefly'.\nIn {{one}} \"word\"."},
+    "larger-vocabulary": {"llm_config": {"vocab_size": 400}},
+}
+
+
+def write_variant(folder: Path, backbone: str, variant: dict) -> dict[str, torch.Tensor]:
+    """A released checkpoint with random weights and the variant's settings; returns its tensors."""
+    shutil.copytree(FIXTURES / backbone, folder, ignore=shutil.ignore_patterns("cases*", "*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    variant = copy.deepcopy(variant)
+    visual_bias = variant.pop("visual_bias", False)
+    for name, value in variant.items():
+        config[name].update(value) if isinstance(value, dict) else config.update({name: value})
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = converter.convert_tokenizer(folder, config["template"])
+    tied = config["llm_config"]["tie_word_embeddings"]
+    target = converter.convert_config(config, tokenizer, tied=False)
+    rules = converter.official_rules(target, backbone, range(12), tied, visual_bias)
+    tensors = {}
+    for name, shape in sorted({name: shape for rule in rules for name, shape in rule.sources.items()}.items()):
+        is_scale = len(shape) == 1 and not name.endswith("bias")
+        tensors[name] = torch.randn(shape) * 0.1 + (1.0 if is_scale else 0.0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_variant_equals_the_released_equations(tmp_path, backbone, variant):
+    source, folder = tmp_path / "source", tmp_path / "converted"
+    tensors = write_variant(source, backbone, variant)
+    convert(source, folder)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    config = json.loads((source / "config.json").read_text())
+    token_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    released = ReleasedModel(config, tensors, token_ids)
+
+    images = model._image_inputs([recorded_image(200, 130, 0), recorded_image(60, 90, 1)], None, None)
+    question = "<image>\n<ref>left</ref> or <image> <box>right</box>?"
+    ids = model._encode_chat(tokenizer, [(question, None)], images)
+    grids = images["image_grid_thw"].tolist()
+    assert config.get("system_message", "InternVL") in tokenizer.decode(ids[0])
+    with torch.no_grad():
+        visual_tokens = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
+        logits = model(ids, **images).logits[0]
+        text_ids = model._encode_chat(tokenizer, [("No image.", None)], {})
+        text_logits = model(text_ids).logits[0]
+    assert relative_error(visual_tokens, released.visual_tokens(images["pixel_values"], grids)) < 1e-5
+    assert relative_error(logits, released.logits(ids[0], images["pixel_values"], grids)) < 1e-5
+    assert relative_error(text_logits, released.logits(text_ids[0], None, [])) < 1e-5
+
+
+def test_tied_checkpoint_stays_tied_when_no_row_is_replaced(tmp_path):
+    source = tmp_path / "source"
+    tensors = write_variant(source, "qwen3", VARIANTS["tied"])
+    rows = tensors["language_model.model.embed_tokens.weight"][6:18]  # the ids of the 12 tokens, in order
+    edit_tensors(source, lambda tensors: tensors.update({"special_token_embedding.weight": rows.clone()}))
+    convert(source, tmp_path / "tied")
+    model = AutoModel.from_pretrained(tmp_path / "tied", trust_remote_code=True)
+    assert model.config.tie_word_embeddings
+    assert model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
+    model.language_model.tie_weights()
+    assert "language_model.lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+
+
+def test_tied_checkpoint_may_store_its_head_if_equal(source, tmp_path, capsys):
+    edit_config(source, "llm_config", tie_word_embeddings=True)
+    assert "lm_head.weight differs from" in error_of(capsys, source, tmp_path / "out")
+    table = "language_model.model.embed_tokens.weight"
+    edit_tensors(source, lambda tensors: tensors.update({"language_model.lm_head.weight": tensors[table].clone()}))
+    convert(source, tmp_path / "out")
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def test_converted_folder_is_complete(recording):
+    assert {path.name for path in recording.folder.iterdir()} >= MODEL_FILES
+    config = json.loads((recording.folder / "config.json").read_text())
+    assert config["auto_map"] == converter.configuration.AUTO_MAP
+    generation = json.loads((recording.folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == recording.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert generation["max_new_tokens"] == 1024
+
+
+def test_sharded_source_and_sharded_result(source, tmp_path):
+    convert(source, tmp_path / "whole")
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    weight_map = {}
+    for number, names in enumerate((list(tensors)[::2], list(tensors)[1::2])):
+        save_file({name: tensors[name] for name in names}, source / f"part-{number}.safetensors")
+        weight_map |= dict.fromkeys(names, f"part-{number}.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    convert(source, tmp_path / "sharded", "--max-shard-size", "300KB")
+    shards = sorted((tmp_path / "sharded").glob("model-*.safetensors"))
+    assert len(shards) > 2 and not (tmp_path / "sharded" / "model.safetensors").exists()
+    assert max(shard.stat().st_size for shard in shards) < 320_000
+    whole, sharded = (
+        AutoModel.from_pretrained(tmp_path / name, trust_remote_code=True).state_dict() for name in ("whole", "sharded")
+    )
+    assert whole.keys() == sharded.keys()
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
+
+
+def test_dtype(source, tmp_path):
+    convert(source, tmp_path / "half", "--dtype", "bfloat16")
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_existing_destination_is_refused(source, tmp_path, capsys):
+    destination = tmp_path / "mine"
+    destination.mkdir()
+    (destination / "precious.txt").write_text("kept")
+    assert converter.main(["official", str(source), str(destination)]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert (destination / "precious.txt").read_text() == "kept"
+
+
+# -- bad sources -------------------------------------------------------------------------------------------------------
+
+TENSOR_CHANGES = {
+    "lacks 1 tensors: mlp1.3.bias": lambda tensors: tensors.pop("mlp1.3.bias"),
+    "has 1 unknown tensors: extra.weight": lambda tensors: tensors.update({"extra.weight": torch.zeros(2)}),
+    "mlp1.3.bias is (63,), not (64,)": lambda tensors: tensors.update({"mlp1.3.bias": torch.zeros(63)}),
+}
+
+
+@pytest.mark.parametrize("message", TENSOR_CHANGES)
+def test_every_tensor_is_accounted_for(source, tmp_path, capsys, message):
+    edit_tensors(source, TENSOR_CHANGES[message])
+    assert message in error_of(capsys, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("vision_config", {"qk_normalization": True}, "qk_normalization=True"),
+        ("vision_config", {"hidden_act": "relu"}, "hidden_act='relu'"),
+        ("vision_config", {"hidden_size": None}, "lacks hidden_size"),
+        ("llm_config", {"model_type": "gpt2"}, "model_type='gpt2'"),
+        ("llm_config", {"rope_theta": None}, "lacks rope_theta"),
+        ("llm_config", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("llm_config", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+        ("llm_config", {"vocab_size": 12}, "image token id 17 lies outside the 12 rows"),
+        (None, {"model_type": "llava"}, "model_type='llava'"),
+        (None, {"template": "unheard-of"}, "unheard-of"),
+        (None, {"downsample_ratio": 0.3}, "0.3"),
+        (None, {"select_layer": -2}, "select_layer=-2"),
+        (None, {"llm_config": None}, "lacks llm_config"),
+    ],
+)
+def test_settings_that_cannot_be_expressed_are_refused(source, tmp_path, capsys, section, changes, message):
+    edit_config(source, section, **changes)
+    assert message in error_of(capsys, source, tmp_path / "out")
+
+
+def test_unreadable_sources_are_refused(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "is not a folder" in error_of(capsys, tmp_path / "absent", out)
+    weights = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(weights[:1000])
+    assert "model.safetensors" in error_of(capsys, source, out)
+    (source / "model.safetensors").unlink()
+    assert "neither model.safetensors nor" in error_of(capsys, source, out)
+    index = {"weight_map": {"mlp1.0.bias": "../model.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names '../model.safetensors'" in error_of(capsys, source, out)
+    (source / "model.safetensors.index.json").unlink()
+    (source / "tokenizer.json").unlink()
+    assert "neither tokenizer.model, tokenizer.json" in error_of(capsys, source, out)
+    (source / "config.json").write_text("{")
+    assert "cannot read" in error_of(capsys, source, out)

@@ -1,0 +1,47 @@
+"""The recordings on an NVIDIA GPU; skipped where there is none."""
+
+import pytest
+import torch
+from conftest import recorded_image, relative_error
+from navil import modeling_navil as modeling
+from transformers import AutoModel
+from transformers.utils import is_flash_attn_2_available
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+BFLOAT16_ERROR = 0.05  # of the largest logit, against float32 on the CPU
+
+
+@pytest.fixture
+def on_cuda(recording):
+    model = AutoModel.from_pretrained(recording.folder, trust_remote_code=True, torch_dtype=torch.bfloat16)
+    return model.eval().to("cuda")
+
+
+@pytest.mark.parametrize("case", ["single", "two_images", "text_only", "multi_turn"])
+def test_bfloat16_logits_agree_with_the_recording(recording, on_cuda, case):
+    inputs = {name: tensor.cuda() for name, tensor in recording.inputs(case).items()}
+    with torch.no_grad():
+        logits = on_cuda(**inputs).logits
+    assert relative_error(logits.cpu(), recording.tensors(case)["logits"]) < BFLOAT16_ERROR
+
+
+def test_chat_on_cuda(recording, on_cuda):
+    answer = on_cuda.chat(recording.tokenizer, recorded_image(200, 130, 0), "What is it?", {"max_new_tokens": 8})
+    assert isinstance(answer, str)
+
+
+@pytest.mark.parametrize("lengths", [[64] * 5, [16, 16, 256, 100, 4]])
+def test_varlen_agrees_with_sdpa(lengths):
+    segments = modeling.Segments.of_lengths(lengths, torch.device("cuda"))
+    query, key, value = torch.randn(3, sum(lengths), 4, 64, device="cuda", dtype=torch.bfloat16)
+    expected = modeling.segment_attention_sdpa(query, key, value, segments, 0.125)
+    assert relative_error(modeling.segment_attention_varlen(query, key, value, segments, 0.125), expected) < 0.02
+    if is_flash_attn_2_available():
+        assert relative_error(modeling.segment_attention_flash(query, key, value, segments, 0.125), expected) < 0.02
+
+
+def test_sdpa_takes_the_varlen_kernel():
+    half = torch.zeros(1, device="cuda", dtype=torch.bfloat16)
+    assert modeling.segment_attention_function("sdpa", half) is modeling.segment_attention_varlen
+    assert modeling.segment_attention_function("sdpa", half.float()) is modeling.segment_attention_sdpa

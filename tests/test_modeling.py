@@ -1,0 +1,507 @@
+"""The model against peers, and its paths against each other."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import relative_error
+from navil import modeling_navil as modeling
+from navil.configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
+
+TEXT = {
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
+IMAGE, START = 8, 10  # ids of <IMG_CONTEXT> and <img>
+
+
+def build(text: dict | None = None, vision: dict | None = None) -> modeling.NaViLForConditionalGeneration:
+    """A small model with random weights, norms, scales and biases included."""
+    config = NaViLConfig(
+        vision_config={**VISION, **(vision or {})},
+        text_config={**TEXT, **(text or {})},
+        image_token_id=IMAGE,
+        image_start_token_id=START,
+    )
+    model = modeling.NaViLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1) if parameter.ndim > 1 else parameter.normal_(mean=0.7, std=0.3)
+    return model
+
+
+def with_implementation(model, name: str):
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = name
+    return model
+
+
+def image_inputs(*grids: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Random patches of images with one scale each, grids in patches."""
+    num_patches = sum(rows * columns for rows, columns in grids)
+    return {
+        "pixel_values": torch.randn(num_patches, 768),
+        "image_grid_thw": torch.tensor([[1, rows, columns] for rows, columns in grids]),
+        "num_scales": torch.ones(len(grids), dtype=torch.long),
+    }
+
+
+def prompt(*cells: int, text: int = 7) -> torch.Tensor:
+    """(1, L) ids with an image of so many cells after each stretch of text."""
+    ids = []
+    for count in cells:
+        ids += torch.randint(20, 200, (text,)).tolist() + [START] + [IMAGE] * count + [9]
+    return torch.tensor([ids + torch.randint(20, 200, (text,)).tolist()])
+
+
+# -- index arithmetic --------------------------------------------------------------------------------------------------
+
+
+def test_window_order_is_row_major_over_windows_and_inside():
+    order, sizes = modeling.window_order(3, 5, window=2)
+    assert order.tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
+    assert sizes == [4, 4, 2, 2, 2, 1]
+
+
+def test_patch_positions_keep_merge_groups_together():
+    positions = modeling.patch_positions(1, 2, merge=2)
+    assert positions.tolist() == [[[0, 0], [0, 1], [1, 0], [1, 1]], [[0, 2], [0, 3], [1, 2], [1, 3]]]
+
+
+def test_modality_order_round_trip_and_dispatch():
+    mask = torch.tensor([[False, True, True, False], [True, False, False, False]])
+    order = modeling.ModalityOrder.build((2, 4), mask)
+    x = torch.arange(8).view(2, 4)
+    assert order.split(x).tolist() == [0, 3, 5, 6, 7, 1, 2, 4]
+    assert torch.equal(order.join(order.split(x)), x)
+    marked = order.join(order.apply_experts(lambda t: t + 100, lambda v: v + 200, order.split(x)))
+    assert torch.equal(marked, torch.where(mask, x + 200, x + 100))
+
+
+# -- peers -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peer_class", [Qwen3ForCausalLM, LlamaForCausalLM])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"attention_bias": True},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+        {"tie_word_embeddings": True},
+    ],
+    ids=["gqa", "mha", "mqa", "bias", "linear", "dynamic", "tied"],
+)
+def test_text_decoder_equals_a_plain_llm(peer_class, variant):
+    is_qwen3 = peer_class is Qwen3ForCausalLM
+    shared = {
+        **TEXT,
+        "head_dim": 32,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        **variant,
+    }
+    peer = peer_class((Qwen3Config if is_qwen3 else LlamaConfig)(**shared)).eval()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.normal_(std=0.2) if parameter.ndim > 1 else parameter.normal_(mean=1.0, std=0.2)
+    model = modeling.NaViLForCausalLM(NaViLTextConfig(**shared, qk_norm=is_qwen3)).eval()
+    weights = {
+        name.replace("self_attn.", "self_attn.text.").replace("mlp.", "mlp.text."): tensor
+        for name, tensor in peer.state_dict().items()
+    }
+    loaded = model.load_state_dict(weights, strict=False)
+    assert not loaded.unexpected_keys and all(".visual." in name for name in loaded.missing_keys)
+    ids = torch.randint(0, 200, (2, 40))
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, peer(ids).logits) < 1e-5
+    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    attention_mask = torch.ones_like(ids)
+    expected = peer.generate(ids, attention_mask=attention_mask, **greedy)
+    assert torch.equal(model.generate(ids, attention_mask=attention_mask, **greedy), expected)
+
+
+# -- experts -----------------------------------------------------------------------------------------------------------
+
+
+def parts_that_matter(model: nn.Module, forward) -> set[str]:
+    """Which modalities' experts receive a gradient."""
+    model.zero_grad()
+    forward().logits.square().sum().backward()
+    return {
+        modality
+        for name, parameter in model.named_parameters()
+        for modality in ("text", "visual")
+        if f".{modality}." in name and parameter.grad is not None and parameter.grad.abs().sum() > 0
+    }
+
+
+def test_each_expert_runs_only_for_its_own_tokens():
+    model = build()
+    ids, images = prompt(6), image_inputs((4, 6))
+    assert parts_that_matter(model, lambda: model(ids, **images)) == {"text", "visual"}
+    assert parts_that_matter(model, lambda: model(ids)) == {"text"}
+    embeds = model.get_input_embeddings()(ids).detach()
+    all_visual = torch.ones_like(ids, dtype=torch.bool)
+    assert parts_that_matter(model, lambda: model(inputs_embeds=embeds, visual_token_mask=all_visual)) == {"visual"}
+
+
+def test_equal_experts_make_a_plain_llm():
+    model = build()
+    for name, parameter in model.named_parameters():
+        if ".visual." in name:
+            parameter.data = dict(model.named_parameters())[name.replace(".visual.", ".text.")].data
+    embeds = torch.randn(2, 30, 64)
+    mask = torch.rand(2, 30) < 0.5
+    with torch.no_grad():
+        mixed = model(inputs_embeds=embeds, visual_token_mask=mask).logits
+        plain = model(inputs_embeds=embeds).logits
+    assert relative_error(mixed, plain) < 1e-5
+
+
+def test_visual_token_mask_with_ready_embeddings_equals_pixels():
+    model = build()
+    ids, images = prompt(6), image_inputs((4, 6))
+    with torch.no_grad():
+        expected = model(ids, **images).logits
+        features = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
+        embeds = model._embed(ids, None, features)
+        mask = model.get_visual_token_mask(ids)
+        assert torch.equal(model(inputs_embeds=embeds, visual_token_mask=mask).logits, expected)
+        generated = model.generate(
+            inputs_embeds=embeds, visual_token_mask=mask, attention_mask=torch.ones_like(ids), max_new_tokens=5
+        )
+        assert torch.equal(generated, model.generate(ids, **images, max_new_tokens=5)[:, ids.shape[1] :])
+
+
+# -- vision ------------------------------------------------------------------------------------------------------------
+
+VISION_VARIANTS = {
+    "full": {},
+    "windows": {"fullatt_block_indexes": [1], "window_size": 4},
+    "layer-norm": {"norm_type": "layer_norm", "qkv_bias": False, "fullatt_block_indexes": [], "window_size": 8},
+}
+
+
+@pytest.mark.parametrize("variant", VISION_VARIANTS.values(), ids=VISION_VARIANTS)
+@pytest.mark.parametrize("order", ["window", "raster"])
+def test_packed_images_equal_separate_images(variant, order):
+    model = build(vision={**variant, "visual_token_order": order})
+    grids = [(4, 6), (10, 14), (4, 6), (2, 2), (14, 10)]
+    images = image_inputs(*grids)
+    with torch.no_grad():
+        packed = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
+        patches = images["pixel_values"].split([rows * columns for rows, columns in grids])
+        alone = [
+            model.get_image_features(p, torch.tensor([[1, *grid]])) for p, grid in zip(patches, grids, strict=True)
+        ]
+    assert relative_error(packed, torch.cat(alone)) < 1e-5
+
+
+@pytest.mark.parametrize("variant", VISION_VARIANTS.values(), ids=VISION_VARIANTS)
+def test_window_and_raster_order_hold_the_same_tokens(variant):
+    model = build(vision=variant)
+    images = image_inputs((10, 14), (6, 4))
+    window = model.config.vision_config.window_size // 2
+    permutation = torch.cat([modeling.window_order(5, 7, window)[0], modeling.window_order(3, 2, window)[0] + 35])
+    with torch.no_grad():
+        raster = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
+        model.config.vision_config.visual_token_order = "window"
+        windowed = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
+    assert torch.equal(windowed, raster[permutation])
+
+
+def test_frames_of_a_segment_do_not_see_each_other():
+    model = build()
+    patches = torch.randn(2 * 24, 768)
+    with torch.no_grad():
+        together = model.get_image_features(patches, torch.tensor([[2, 4, 6]]))
+        apart = model.get_image_features(patches, torch.tensor([[1, 4, 6], [1, 4, 6]]))
+    assert torch.equal(together, apart)
+
+
+def test_windowed_blocks_see_their_window_only():
+    model = build(vision={"fullatt_block_indexes": [], "window_size": 4})
+    patches = torch.randn(64, 768)
+    changed = patches.clone()
+    changed[:4] += 1.0  # the first cell, in the first of four windows of 2 x 2 cells
+    grid = torch.tensor([[1, 8, 8]])
+    with torch.no_grad():
+        different = (model.vision_model(patches, grid) - model.vision_model(changed, grid)).abs().sum((1, 2)) > 0
+    assert different.nonzero().flatten().tolist() == [0, 1, 4, 5]
+
+
+# -- one path against another ------------------------------------------------------------------------------------------
+
+
+def test_eager_equals_sdpa():
+    model = build(text={"qk_norm": True}, vision={"fullatt_block_indexes": [0]})
+    ids, images = prompt(35, 6), image_inputs((10, 14), (4, 6))
+    with torch.no_grad():
+        sdpa = with_implementation(model, "sdpa")(ids, **images).logits
+        eager = with_implementation(model, "eager")(ids, **images).logits
+    assert relative_error(eager, sdpa) < 1e-5
+    assert not torch.equal(eager, sdpa)  # two different computations
+
+
+def test_output_attentions_are_causal_distributions():
+    model = build()
+    ids, images = prompt(6), image_inputs((4, 6))
+    with torch.no_grad():
+        outputs = model(ids, **images, output_attentions=True)
+        expected = model(ids, **images).logits
+    assert relative_error(outputs.logits, expected) < 1e-5
+    length = ids.shape[1]
+    for weights in outputs.attentions:
+        assert weights.shape == (1, 4, length, length)
+        assert torch.allclose(weights.sum(-1), torch.ones(1, 4, length))
+        assert weights.triu(1).abs().max() == 0
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_cached_equals_full_forward(implementation, cache):
+    model = with_implementation(build(), implementation)
+    ids, images = prompt(35), image_inputs((10, 14))
+    length = ids.shape[1]
+    with torch.no_grad():
+        expected = model(ids, **images).logits
+        if cache == "static":
+            past = StaticCache(model.config.text_config, max_batch_size=1, max_cache_len=80, dtype=torch.float32)
+        else:
+            past = DynamicCache()
+        prefill = length - 5
+        logits = [model(ids[:, :prefill], **images, past_key_values=past, use_cache=True).logits]
+        # Two tokens at once, then one by one.
+        for start, stop in ((prefill, prefill + 2), *((i, i + 1) for i in range(prefill + 2, length))):
+            position = torch.arange(start, stop)
+            logits.append(model(ids[:, start:stop], past_key_values=past, cache_position=position).logits)
+    assert relative_error(torch.cat(logits, dim=1), expected) < 1e-5
+
+
+def padded_batch():
+    """Two prompts with one and two images, left-padded, and the same two alone."""
+    first, second = prompt(6), prompt(35, 6)
+    images = image_inputs((4, 6), (10, 14), (4, 6))
+    length = second.shape[1]
+    padding = length - first.shape[1]
+    ids = torch.cat([nn.functional.pad(first, (padding, 0)), second])
+    attention_mask = torch.ones_like(ids)
+    attention_mask[0, :padding] = 0
+    alone = [
+        (first, {name: x[:24] if name == "pixel_values" else x[:1] for name, x in images.items()}),
+        (second, {name: x[24:] if name == "pixel_values" else x[1:] for name, x in images.items()}),
+    ]
+    return ids, attention_mask, images, alone
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_left_padded_batch_equals_single(implementation):
+    model = with_implementation(build(), implementation)
+    ids, attention_mask, images, alone = padded_batch()
+    with torch.no_grad():
+        batched = model(ids, attention_mask=attention_mask, **images).logits
+        generated = model.generate(ids, attention_mask=attention_mask, **images, max_new_tokens=6)
+        for row, (single_ids, single_images) in enumerate(alone):
+            length = single_ids.shape[1]
+            assert relative_error(batched[row, -length:], model(single_ids, **single_images).logits[0]) < 1e-5
+            single = model.generate(single_ids, **single_images, max_new_tokens=6)
+            assert torch.equal(generated[row, -length - 6 :], single[0])
+
+
+def test_images_of_a_batch_do_not_see_each_other():
+    model = build()
+    ids, attention_mask, images, _ = padded_batch()
+    other = dict(images, pixel_values=images["pixel_values"].clone())
+    other["pixel_values"][:24] += 1.0  # the first prompt's image
+    with torch.no_grad():
+        before = model(ids, attention_mask=attention_mask, **images).logits
+        after = model(ids, attention_mask=attention_mask, **other).logits
+    assert torch.equal(before[1], after[1])
+    assert not torch.equal(before[0], after[0])
+
+
+def test_static_cache_generates_the_same():
+    model = build()
+    ids, attention_mask, images, _ = padded_batch()
+    settings = {"attention_mask": attention_mask, **images, "max_new_tokens": 6}
+    dynamic = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, **settings, cache_implementation="static"), dynamic)
+    assert torch.equal(model.generate(ids, **settings, use_cache=False), dynamic)
+
+
+def test_beams_and_several_sequences_keep_their_images():
+    model = build()
+    ids, attention_mask, images, alone = padded_batch()
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5}
+    together = model.generate(ids, attention_mask=attention_mask, **images, **beams)
+    for row, (single_ids, single_images) in enumerate(alone):
+        single = model.generate(single_ids, **single_images, **beams)
+        assert torch.equal(together[2 * row : 2 * row + 2, -single.shape[1] :], single)
+
+
+def test_pixels_are_encoded_once_per_generation():
+    model = build()
+    calls = []
+    model.vision_model.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(prompt(6), **image_inputs((4, 6)), max_new_tokens=5)
+    assert len(calls) == 1
+
+
+def test_logits_to_keep():
+    model = build()
+    ids, images = prompt(6), image_inputs((4, 6))
+    with torch.no_grad():
+        full = model(ids, **images).logits
+        assert relative_error(model(ids, **images, logits_to_keep=3).logits, full[:, -3:]) < 1e-6
+        assert relative_error(model(ids, **images, logits_to_keep=torch.tensor([0, 4])).logits, full[:, [0, 4]]) < 1e-6
+
+
+def test_hidden_states_are_in_sequence_order():
+    model = build()
+    ids, images = prompt(6), image_inputs((4, 6))
+    with torch.no_grad():
+        outputs = model(ids, **images, output_hidden_states=True)
+        embeds = model._embed(ids, None, model.get_image_features(images["pixel_values"], images["image_grid_thw"]))
+    assert len(outputs.hidden_states) == 3
+    assert torch.equal(outputs.hidden_states[0], embeds)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = build().train()
+    ids, images = prompt(6), image_inputs((4, 6))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(ids, **images, labels=ids).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+def test_loss_divides_by_the_accumulated_number_of_labels():
+    model = build()
+    ids = torch.randint(20, 200, (1, 12))
+    with torch.no_grad():
+        mean = model(ids, labels=ids).loss
+        shared = model(ids, labels=ids, num_items_in_batch=22).loss
+    assert shared.item() == pytest.approx(mean.item() * 11 / 22, rel=1e-6)
+
+
+def test_bfloat16_angles_are_computed_in_float32():
+    text = {"rope_theta": 1e6, "max_position_embeddings": 32768}
+    model = build(text=text).bfloat16()
+    positions = torch.tensor([[30001]])
+    cos, sin = model.language_model.model._rotary(positions, torch.float32)
+    exact = 30001 / 1e6 ** (torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    assert torch.allclose(cos[0, 0, 0, :8].double(), exact.cos(), atol=4e-3)
+    assert torch.allclose(sin[0, 0, 0, 8:].double(), exact.sin(), atol=4e-3)
+    assert not list(model.buffers())
+
+
+def test_sequences_beyond_the_context_are_rescaled_one_by_one():
+    model = build(text={"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16})
+    decoder = model.language_model.model
+    positions = torch.stack([torch.arange(40), torch.arange(40).clamp(max=10)])
+    together = decoder._rotary(positions, torch.float32)[0]
+    alone = [decoder._rotary(row[None], torch.float32)[0] for row in positions]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_initialisation_is_finite_and_small():
+    torch.manual_seed(1)
+    model = modeling.NaViLForConditionalGeneration(NaViLConfig(vision_config=VISION, text_config=TEXT))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            assert 0.015 < parameter.std() < 0.025, name
+        elif "norm" in name and name.endswith("weight"):
+            assert torch.all(parameter == 1), name
+        elif name.endswith(("ls1", "ls2")):
+            assert torch.all(parameter == 0.1), name
+        else:
+            assert torch.all(parameter == 0), name
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def refused(message: str):
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        yield
+
+
+def test_bad_inputs_are_refused_with_both_numbers():
+    model = build()
+    images = image_inputs((4, 6))
+    with refused("5 <IMG_CONTEXT> tokens but the images give 6 visual tokens"):
+        model(prompt(5), **images)
+    with refused("7 <IMG_CONTEXT> tokens but the images give 6 visual tokens"):
+        model(prompt(7), **images)
+    with refused("describes 16 patches but pixel_values has 24"):
+        model(prompt(6), pixel_values=images["pixel_values"], image_grid_thw=torch.tensor([[1, 4, 4]]))
+    with refused(r"positive multiples of 2, got \[1, 3, 8\]"):
+        model(prompt(6), pixel_values=images["pixel_values"], image_grid_thw=torch.tensor([[1, 3, 8]]))
+    with refused(r"\(scales, 3\), got \(3,\)"):
+        model(prompt(6), pixel_values=images["pixel_values"], image_grid_thw=torch.tensor([1, 4, 6]))
+    with refused("700 numbers per patch, expected 768"):
+        model(prompt(6), pixel_values=torch.zeros(24, 700), image_grid_thw=images["image_grid_thw"])
+    with refused("adds up to 2 but image_grid_thw has 1 scales"):
+        model(prompt(6), **{**images, "num_scales": torch.tensor([2])})
+    with refused("needs input_ids and image_grid_thw"):
+        model(prompt(6), pixel_values=images["pixel_values"])
+    with refused("exactly one of input_ids and inputs_embeds"):
+        model.language_model()
+    with refused(r"visual_token_mask is \(1, 3\) but the tokens are \(1, 4\)"):
+        model.language_model(torch.ones(1, 4, dtype=torch.long), visual_token_mask=torch.ones(1, 3, dtype=torch.bool))
+    with refused("labels cover 20 positions but logits 1"):
+        ids = torch.ones(1, 20, dtype=torch.long)
+        model(ids, labels=ids, logits_to_keep=1)
+    model.config.image_token_id = None
+    with refused("call init_special_token_ids"):
+        model(prompt(6), **images)
+
+
+def test_configs_refuse_sizes_that_do_not_fit():
+    for settings, message in (
+        ({"hidden_size": 66}, "66 does not divide by 8"),
+        ({"window_size": 5}, "5 does not divide by 2"),
+        ({"norm_type": "batch_norm"}, "batch_norm"),
+        ({"visual_token_order": "random"}, "random"),
+        ({"fullatt_block_indexes": [0, 3]}, r"\[3\] lie outside the 3 blocks"),
+        ({"patch_size": 0}, "patch_size must be a positive number, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            NaViLVisionConfig(**{**VISION, **settings})
+    for settings, message in (
+        ({"num_key_value_heads": 3}, "4 does not divide by 3"),
+        ({"head_dim": 15}, "15 does not divide by 2"),
+        ({"vocab_size": -1}, "vocab_size must be a positive number, got -1"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 0.5}}, "0.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            NaViLTextConfig(**{**TEXT, **settings})
+    for settings, message in (
+        ({"min_dynamic_patch": 9, "max_dynamic_patch": 8}, "9 is larger than max_dynamic_patch 8"),
+        ({"scale_downsample_ratio": 1.5}, "1.5"),
+        ({"image_token_id": 200}, "200 lies outside the vocabulary of 200"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            NaViLConfig(vision_config=VISION, text_config=TEXT, **settings)

@@ -1,0 +1,166 @@
+"""Tokenizer: InternLM2's SentencePiece exactly, chat templates, image slots, nothing forged (reference §6)."""
+
+import json
+import random
+
+import pytest
+import sentencepiece
+from conftest import FIXTURES
+from navil.tokenization_navil import (
+    CONTROL_TOKENS,
+    DEFAULT_SYSTEM_MESSAGE,
+    IMAGE_TOKENS,
+    NaViLTokenizer,
+    chat_template,
+    expand_image_slots,
+    image_slot,
+)
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer
+
+import convert_checkpoint as converter
+
+SENTENCEPIECE_FOLDERS = ("tokenizer_internlm2", "tokenizer_internlm2_dummy_prefix")
+
+
+@pytest.fixture(scope="module", params=SENTENCEPIECE_FOLDERS)
+def converted(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer") / request.param
+    assert converter.main(["tokenizer", str(FIXTURES / request.param), str(folder)]) == 0
+    return request.param, folder
+
+
+@pytest.mark.parametrize("use_fast", [True, False])
+def test_recorded_ids_and_texts(converted, use_fast):
+    name, folder = converted
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, use_fast=use_fast)
+    recorded = json.loads((FIXTURES / name / "cases.json").read_text())
+    assert type(tokenizer).__name__ == "NaViLTokenizer" and tokenizer.is_fast
+    assert tokenizer.padding_side == "left" and len(tokenizer) == recorded["length"]
+    for token, token_id in recorded["special"].items():
+        assert tokenizer.convert_tokens_to_ids(token) == token_id
+    for case in recorded["cases"]:
+        ids = case["input_ids"]
+        assert tokenizer(case["text"])["input_ids"] == ids
+        assert tokenizer.decode(ids) == case["decoded"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == case["decoded_skip_special"]
+        assert tokenizer.decode(ids[4:], skip_special_tokens=True) == case["continuation_decoded"]
+
+
+def test_random_texts_equal_sentencepiece(converted):
+    name, folder = converted
+    peer = sentencepiece.SentencePieceProcessor(model_file=str(FIXTURES / name / "tokenizer.model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    pieces = [peer.id_to_piece(i).replace("▁", " ") for i in range(3, peer.vocab_size()) if not peer.is_byte(i)]
+    generator = random.Random(0)
+    alphabet = [*pieces, *"aaa   ---\n\t.0 1\u00a0\u200bé中文😀▁", "aaaa", "    "]
+    for _ in range(2000):
+        text = "".join(generator.choices(alphabet, k=generator.randint(1, 12)))
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == peer.encode(text), repr(text)
+
+
+def test_template_is_the_recorded_prompt(recording):
+    recorded = recording.cases["text_only"]
+    messages = [{"role": "user", "content": recorded["question"]}]
+    prompt = recording.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == recorded["prompt"]
+    in_parts = [{"role": "user", "content": [{"type": "text", "text": recorded["question"]}]}]
+    with_system = [{"role": "system", "content": DEFAULT_SYSTEM_MESSAGE}, *in_parts]
+    for same in (in_parts, with_system):
+        assert recording.tokenizer.apply_chat_template(same, tokenize=False, add_generation_prompt=True) == prompt
+
+
+def rendered(template: str, system_message: str, messages: list[dict], **options) -> str:
+    tokenizer = blank_tokenizer()
+    tokenizer.chat_template = chat_template(template, system_message)
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def blank_tokenizer(**options) -> NaViLTokenizer:
+    vocabulary = {token: index for index, token in enumerate((*IMAGE_TOKENS, "<|im_start|>", "<|im_end|>"))}
+    return NaViLTokenizer(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)), **options)
+
+
+def test_templates_in_full():
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    assert rendered("internlm2-chat", "s'\\\n{{x}}", messages, add_generation_prompt=True) == (
+        "<|im_start|>system\ns'\\\n{{x}}<|im_end|><|im_start|>user\n<image>\na<|im_end|>"
+        "<|im_start|>assistant\nb<|im_end|><|im_start|>user\nc<|im_end|><|im_start|>assistant\n"
+    )
+    assert rendered("qwen3-chat", "", messages) == (
+        "<|im_start|>system\n<|im_end|><|im_start|>user\n<image>\na<|im_end|>"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|><|im_start|>user\nc<|im_end|>"
+    )
+    with pytest.raises(ValueError, match="llama-chat"):
+        chat_template("llama-chat")
+
+
+def test_settings_survive_saving(tmp_path):
+    tokenizer = blank_tokenizer(template="qwen3-chat", system_message="Hi.", spaces_between_special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert again.chat_template == tokenizer.chat_template == chat_template("qwen3-chat", "Hi.")
+    assert again.spaces_between_special_tokens and again.init_kwargs["system_message"] == "Hi."
+
+
+def test_missing_image_tokens_are_refused():
+    with pytest.raises(ValueError, match="lacks the tokens </quad>, <quad>"):
+        vocabulary = {token: index for index, token in enumerate((*IMAGE_TOKENS, "<|im_end|>")) if "quad" not in token}
+        NaViLTokenizer(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)))
+
+
+def test_image_slot():
+    row = "<IMG_CONTEXT><IMG_CONTEXT><IMG_LINE_BREAK>"
+    assert image_slot([[1, 2, 4], [1, 4, 4]], merge_size=2) == (
+        f"<img>{row}<IMG_FRAME_BREAK>{row}{row}<IMG_FRAME_BREAK></img>"
+    )
+    assert image_slot([[2, 2, 4]], merge_size=2) == f"<img>{row}<IMG_FRAME_BREAK>{row}<IMG_FRAME_BREAK></img>"
+
+
+def test_slots_are_filled_in_order_over_all_texts():
+    small, large = [1, 2, 2], [1, 4, 2]
+    texts = expand_image_slots(["a<image>b<image>", "none", "<image>c"], [small, large, large, small], [1, 2, 1], 2)
+    slots = [image_slot(grids, 2) for grids in ([small], [large, large], [small])]
+    assert texts == [f"a{slots[0]}b{slots[1]}", "none", f"{slots[2]}c"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "num_scales", "message"),
+    [
+        (["no slot"], [2], "0 <image> placeholders but 1 images"),
+        (["<image><image>", "<image>"], [2], "3 <image> placeholders but 1 images"),
+        (["<image>"], [1], "adds up to 1 scales but image_grid_thw has 2"),
+        (["<image> <IMG_CONTEXT>"], [2], "contains <IMG_CONTEXT>"),
+    ],
+)
+def test_slots_that_do_not_match_are_refused(texts, num_scales, message):
+    with pytest.raises(ValueError, match=message):
+        expand_image_slots(texts, [[1, 2, 2], [1, 4, 4]], num_scales, 2)
+
+
+@pytest.mark.parametrize("token", [*CONTROL_TOKENS, "<s>"])
+@pytest.mark.parametrize("place", ["content", "part", "history", "batch"])
+def test_control_tokens_in_messages_are_refused(recordings, token, place):
+    tokenizer = recordings["internlm2"].tokenizer
+    text = f"a {token} b"
+    user, assistant = {"role": "user", "content": "hello"}, {"role": "assistant", "content": text}
+    conversation = {
+        "content": [{"role": "user", "content": text}],
+        "part": [{"role": "user", "content": [{"type": "text", "text": text}]}],
+        "history": [user, assistant, user],
+        "batch": [[user], [user, assistant]],
+    }[place]
+    with pytest.raises(ValueError, match="reserved"):
+        tokenizer.apply_chat_template(conversation, tokenize=False)
+    assert token in str(tokenizer.apply_chat_template(conversation, tokenize=False, allow_control_tokens=True))
+
+
+def test_grounding_tokens_are_content(recording):
+    text = "<ref>a</ref><box>[[1, 2, 3, 4]]</box><quad></quad>"
+    messages = [{"role": "user", "content": text}]
+    ids = recording.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert {recording.tokenizer.convert_tokens_to_ids(t) for t in ("<ref>", "</box>", "<quad>")} <= set(ids)

@@ -1,0 +1,227 @@
+"""Tokenizer, chat templates and image slots of NaViL (reference §6).
+
+messages -> chat template -> prompt with one `<image>` per image
+         -> image slots   -> prompt with one `<IMG_CONTEXT>` per visual token -> ids
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+
+IMAGE_PLACEHOLDER = "<image>"
+END_OF_TURN = "<|im_end|>"
+IMAGE_TOKENS = (
+    *("</box>", "<box>", "<IMG_CONTEXT>", "</img>", "<img>", "</quad>", "<quad>", "</ref>", "<ref>"),
+    *("<img_uncond>", "<IMG_LINE_BREAK>", "<IMG_FRAME_BREAK>"),
+)
+"""The 12 image tokens, in the row order of the released `special_token_embedding` table (reference §4)."""
+
+SLOT_TOKENS = ("<img>", "<IMG_CONTEXT>", "<IMG_LINE_BREAK>", "<IMG_FRAME_BREAK>", "</img>", "<img_uncond>")
+"""Image tokens that only the package writes; the others mark grounded answers and are content."""
+
+CONTROL_TOKENS = (*SLOT_TOKENS, "<|im_start|>", END_OF_TURN)
+"""Tokens that give a conversation its structure and so may not come from a message's text."""
+
+DEFAULT_SYSTEM_MESSAGE = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+
+# What a template puts behind "assistant\n", in history and before a new answer.
+ASSISTANT_PREFIXES = {"internlm2-chat": "", "Hermes-2": "", "qwen3-chat": "<think>\n\n</think>\n\n"}
+
+
+def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE) -> str:
+    """The Jinja chat template of a released template name.
+
+    Args:
+        template: `internlm2-chat`, `Hermes-2` or `qwen3-chat`.
+        system_message: said when a conversation does not begin with a system message; may be empty.
+
+    Raises:
+        ValueError: an unknown template name.
+    """
+    if template not in ASSISTANT_PREFIXES:
+        raise ValueError(f"template must be one of {sorted(ASSISTANT_PREFIXES)}, got {template!r}")
+    prefix = _jinja_string(ASSISTANT_PREFIXES[template])
+    return (
+        "{%- macro text(content) -%}"
+        "{%- if content is string -%}{{- content -}}"
+        "{%- else -%}{%- for part in content -%}"
+        f"{{%- if part.type == 'image' -%}}{{{{- {_jinja_string(IMAGE_PLACEHOLDER)} + '\\n' -}}}}"
+        "{%- else -%}{{- part.text -}}{%- endif -%}"
+        "{%- endfor -%}{%- endif -%}"
+        "{%- endmacro -%}"
+        "{%- if bos_token -%}{{- bos_token -}}{%- endif -%}"
+        "{%- if not messages or messages[0].role != 'system' -%}"
+        f"{{{{- '<|im_start|>system\\n' + {_jinja_string(system_message)} + '<|im_end|>' -}}}}"
+        "{%- endif -%}"
+        "{%- for message in messages -%}"
+        "{{- '<|im_start|>' + message.role + '\\n' -}}"
+        f"{{%- if message.role == 'assistant' -%}}{{{{- {prefix} -}}}}{{%- endif -%}}"
+        "{{- text(message.content) + '<|im_end|>' -}}"
+        "{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{- '<|im_start|>assistant\\n' + {prefix} -}}}}{{%- endif -%}}"
+    )
+
+
+def _jinja_string(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+    return f"'{escaped}'"
+
+
+def image_slot(grids: Iterable[Sequence[int]], merge_size: int) -> str:
+    """Text of one image: `<img>`, its scales row by row, `</img>`.
+
+    Args:
+        grids: (frames, rows, columns) of each scale, in patches.
+        merge_size: side of a merged cell, in patches.
+    """
+    frames = []
+    for num_frames, rows, columns in grids:
+        row = "<IMG_CONTEXT>" * (columns // merge_size) + "<IMG_LINE_BREAK>"
+        frames += [row * (rows // merge_size) + "<IMG_FRAME_BREAK>"] * num_frames
+    return "<img>" + "".join(frames) + "</img>"
+
+
+def expand_image_slots(
+    texts: Sequence[str], grids: Sequence[Sequence[int]], num_scales: Sequence[int], merge_size: int
+) -> list[str]:
+    """Puts the images' slots where the texts say `<image>`, in order over all texts.
+
+    Args:
+        texts: prompts with one `<image>` per image.
+        grids: (scales, 3) frames, rows and columns in patches, all images' scales in a row.
+        num_scales: (images,) how many of these scales belong to each image.
+        merge_size: side of a merged cell, in patches.
+
+    Raises:
+        ValueError: another number of placeholders than of images, scales that do not add up, or a slot token that
+            is in a text already.
+    """
+    for text in texts:
+        reject_tokens(text, SLOT_TOKENS)
+    if sum(num_scales) != len(grids):
+        raise ValueError(f"num_scales adds up to {sum(num_scales)} scales but image_grid_thw has {len(grids)}")
+    num_placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+    if num_placeholders != len(num_scales):
+        raise ValueError(
+            f"the text has {num_placeholders} {IMAGE_PLACEHOLDER} placeholders but {len(num_scales)} images were given"
+        )
+    scale = iter(grids)
+    slots = iter([image_slot([next(scale) for _ in range(count)], merge_size) for count in num_scales])
+    return [re.sub(re.escape(IMAGE_PLACEHOLDER), lambda _: next(slots), text) for text in texts]
+
+
+def reject_tokens(text: str, tokens: Sequence[str]) -> None:
+    """Raises a ValueError when one of the tokens is typed in a text."""
+    found = [token for token in tokens if token in text]
+    if found:
+        raise ValueError(f"the text contains {', '.join(found)}, reserved for the model's own use: {text[:80]!r}")
+
+
+class NaViLTokenizer(PreTrainedTokenizerFast):
+    """Fast tokenizer with the 12 image tokens, left padding and a chat template.
+
+    Args:
+        tokenizer_file, tokenizer_object: a `tokenizer.json` or a `tokenizers.Tokenizer` that knows the image tokens.
+        template: released name of the chat template, used unless `chat_template` is given.
+        system_message: default system message of that template.
+        spaces_between_special_tokens: whether `decode` sets special tokens off by blanks, as InternLM2's
+            SentencePiece tokenizer does.
+
+    Raises:
+        ValueError: an image token is missing, or the template's name is unknown.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+    slow_tokenizer_class = None
+
+    def __init__(
+        self,
+        *args: Any,
+        template: str = "internlm2-chat",
+        system_message: str = DEFAULT_SYSTEM_MESSAGE,
+        spaces_between_special_tokens: bool = False,
+        **kwargs: Any,
+    ):
+        kwargs.setdefault("padding_side", "left")
+        kwargs.setdefault("clean_up_tokenization_spaces", False)
+        if kwargs.get("chat_template") is None:
+            kwargs["chat_template"] = chat_template(template, system_message)
+        super().__init__(
+            *args,
+            template=template,
+            system_message=system_message,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+            **kwargs,
+        )
+        self.spaces_between_special_tokens = spaces_between_special_tokens
+        vocabulary = self.get_vocab()
+        missing = [token for token in (*IMAGE_TOKENS, END_OF_TURN) if token not in vocabulary]
+        if missing:
+            raise ValueError(f"the tokenizer lacks the tokens {', '.join(missing)}")
+
+    def apply_chat_template(
+        self, conversation: Any, *args: Any, allow_control_tokens: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in transformers; a message's text may not contain a control token unless `allow_control_tokens`.
+
+        Raises:
+            ValueError: a control token typed in a message, which would forge a turn or an image slot.
+        """
+        if not allow_control_tokens:
+            for text in _message_texts(conversation):
+                reject_tokens(text, (*CONTROL_TOKENS, *filter(None, [self.bos_token])))
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool | None = None,
+        **kwargs: Any,
+    ) -> str:
+        if spaces_between_special_tokens is None:
+            spaces_between_special_tokens = self.spaces_between_special_tokens
+        if skip_special_tokens or not spaces_between_special_tokens:
+            return super()._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
+        token_ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        # The document marks (<s>, </s>, <unk>) take a blank in front, all other special tokens one on either side.
+        marks = {self.bos_token_id, self.eos_token_id, self.unk_token_id}
+        apart = set(self.all_special_ids) - marks
+        chunks = []
+        for key, run in groupby(token_ids, lambda i: i if i in apart else None):
+            if key is None:
+                chunks.append(self._decode_run(list(run), marks, clean_up_tokenization_spaces, **kwargs))
+            else:
+                chunks += [self.convert_ids_to_tokens(token_id) for token_id in run]
+        return " ".join(chunks)
+
+    def _decode_run(self, token_ids: list[int], marks: set[int | None], *args: Any, **kwargs: Any) -> str:
+        text, after_mark = "", False
+        for is_mark, run in groupby(token_ids, lambda i: i in marks):
+            if is_mark:
+                text += " " * (not after_mark) + "".join(self.convert_ids_to_tokens(list(run)))
+            else:
+                text += super()._decode(list(run), False, *args, **kwargs)
+            after_mark = is_mark
+        return text
+
+
+def _message_texts(conversation: Any) -> Iterable[str]:
+    """Every text in a conversation or a batch of conversations."""
+    for entry in conversation:
+        if not isinstance(entry, dict):
+            yield from _message_texts(entry)
+        elif isinstance(entry.get("content"), str):
+            yield entry["content"]
+        else:
+            yield from (part["text"] for part in entry.get("content") or [] if isinstance(part.get("text"), str))
+
+
+NaViLTokenizer.register_for_auto_class()
