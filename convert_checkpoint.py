@@ -469,8 +469,7 @@ def convert_tokenizer(source: Path, template: str | None = None, system_message:
     elif (source / "tokenizer.json").is_file():
         backend = Tokenizer.from_file(str(source / "tokenizer.json"))
     elif (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
-        files = str(source / "vocab.json"), str(source / "merges.txt")
-        backend = Qwen2TokenizerFast(*files, unk_token=None).backend_tokenizer
+        backend = Qwen2TokenizerFast.from_pretrained(source).backend_tokenizer
     else:
         raise ValueError(f"{source} has neither tokenizer.model, tokenizer.json nor vocab.json with merges.txt")
     add_declared_tokens(backend, declared_tokens(source, settings))

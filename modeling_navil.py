@@ -237,10 +237,11 @@ SEGMENT_ATTENTION_FUNCTIONS = {
 
 
 def segment_attention_function(implementation: str, query: Tensor) -> Callable:
-    """The function for a config's attention implementation; `sdpa` means torch's best kernel for the query's device."""
-    half_on_cuda = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    if implementation == "sdpa" and half_on_cuda and varlen_attn is not None:
-        implementation = "varlen"
+    """The function for a config's attention implementation; `sdpa` means torch's best kernel for a query (N, H, E)."""
+    if implementation == "sdpa" and varlen_attn is not None and query.is_cuda:
+        is_half = query.dtype in (torch.float16, torch.bfloat16)
+        if is_half and query.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0):
+            implementation = "varlen"
     return SEGMENT_ATTENTION_FUNCTIONS[implementation]
 
 

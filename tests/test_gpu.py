@@ -42,6 +42,6 @@ def test_varlen_agrees_with_sdpa(lengths):
 
 
 def test_sdpa_takes_the_varlen_kernel():
-    half = torch.zeros(1, device="cuda", dtype=torch.bfloat16)
+    half = torch.zeros(4, 2, 64, device="cuda", dtype=torch.bfloat16)
     assert modeling.segment_attention_function("sdpa", half) is modeling.segment_attention_varlen
     assert modeling.segment_attention_function("sdpa", half.float()) is modeling.segment_attention_sdpa

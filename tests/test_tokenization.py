@@ -16,7 +16,7 @@ from navil.tokenization_navil import (
     image_slot,
 )
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 
 import convert_checkpoint as converter
 
@@ -57,6 +57,28 @@ def test_random_texts_equal_sentencepiece(converted):
     for _ in range(2000):
         text = "".join(generator.choices(alphabet, k=generator.randint(1, 12)))
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == peer.encode(text), repr(text)
+
+
+def test_qwen_vocabulary_files_equal_the_slow_tokenizer(tmp_path):
+    fast = json.loads((FIXTURES / "qwen3" / "tokenizer.json").read_text())
+    added = [token["content"] for token in fast["added_tokens"]]
+    ordinary = [token for token in sorted(fast["model"]["vocab"], key=fast["model"]["vocab"].get) if token not in added]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(ordinary)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, fast["model"]["merges"])))
+    settings = json.loads((FIXTURES / "qwen3" / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "Qwen2Tokenizer"
+    settings["added_tokens_decoder"] = {
+        str(len(ordinary) + int(index)): token for index, token in settings["added_tokens_decoder"].items()
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    converted = converter.convert_tokenizer(tmp_path)
+    peer = Qwen2Tokenizer.from_pretrained(tmp_path)
+    for text in (
+        "Please describe the image.",
+        "<|im_start|>user\n人工智能 is <ref>it</ref>  12,5%<|im_end|>",
+        " \t\n x",
+    ):
+        assert converted(text)["input_ids"] == peer(text)["input_ids"]
 
 
 def test_template_is_the_recorded_prompt(recording):
