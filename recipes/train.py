@@ -1,0 +1,306 @@
+"""Trains the small NaViL by the paper's stages (paper, section 4.2; reference §8), from nothing but this repository.
+
+    python -m recipes.train --runs runs                # every stage, resumed where an earlier call stopped
+    python -m recipes.train --runs runs --minutes 10   # one piece of it
+
+Each task has a difficulty dial that the model's own progress opens: pictures start tiny and uniform and widen to the
+full distribution. Two processes work: one draws and packs samples, the other trains.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+
+from .blueprint import build_model, build_processor, build_tokenizer, question_words
+from .data import ALL_TASKS, IGNORE_INDEX, TEXT_PRETRAINING, PackedSamples
+
+DIALS_FILE = "dials.json"
+LOG_FILE = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: what trains, on which mix of tasks, how long and how fast."""
+
+    trains: Callable[[str], bool]  # by parameter name
+    mix: dict[str, float]
+    steps: int
+    learning_rate: float
+    weight_decay: float
+    schedule: str = "constant_with_warmup"
+
+
+def is_text_expert(name: str) -> bool:
+    return name.startswith("language_model") and ".visual." not in name
+
+
+def is_visual(name: str) -> bool:
+    return not is_text_expert(name)
+
+
+PICTURES = {"text": 0.36, "receipt": 0.12, "chart": 0.12, "scene": 0.18, "grounding": 0.1}
+PICTURES |= {"two_images": 0.06, "two_turns": 0.06}
+WITH_TEXT = PICTURES | {"text_only": 0.05, TEXT_PRETRAINING: 0.05}
+
+STAGES = {
+    # The base LLM: formats, arithmetic and copying, from text alone.
+    "text": Stage(is_text_expert, {TEXT_PRETRAINING: 1.0}, 3000, 1e-3, 0.05),
+    "s1.1": Stage(is_visual, PICTURES, 15000, 1e-3, 0.05),
+    "s1.2": Stage(lambda name: is_visual(name) or ".self_attn.text." in name, WITH_TEXT, 8000, 7e-4, 0.1),
+    "s2": Stage(lambda name: True, WITH_TEXT, 60000, 6e-4, 0.01, schedule="cosine"),
+}
+
+
+# A dial opens when the running score of its task is at least this. Elsewhere the score is a whole answer right; a
+# box's last digits are not to be had exactly, so grounding counts tokens, and unlabelled chart values are estimates.
+OPEN_AT = dict.fromkeys(ALL_TASKS, 0.8) | {"grounding": 0.85, "chart": 0.65}
+
+
+@dataclass
+class Dials:
+    """Difficulty of each task, opened step by step as the model gets its samples right."""
+
+    difficulty: Tensor = field(default_factory=lambda: torch.zeros(len(ALL_TASKS)).share_memory_())
+    score: list[float] = field(default_factory=lambda: [0.0] * len(ALL_TASKS))
+    since_change: list[int] = field(default_factory=lambda: [0] * len(ALL_TASKS))
+    num_samples: int = 0
+
+    SMOOTHING = 0.02
+    STEP = 0.01
+    SAMPLES_PER_STEP = 32
+
+    def record(self, tasks: Tensor, scores: Tensor) -> None:
+        for task, score in zip(tasks.tolist(), scores.tolist(), strict=True):
+            self.num_samples += 1
+            self.score[task] += self.SMOOTHING * (score - self.score[task])
+            self.since_change[task] += 1
+            is_easy = self.score[task] >= OPEN_AT[ALL_TASKS[task]]
+            if is_easy and self.since_change[task] >= self.SAMPLES_PER_STEP and self.difficulty[task] < 1:
+                self.difficulty[task] = min(1.0, float(self.difficulty[task]) + self.STEP)
+                self.since_change[task] = 0
+
+    def save(self, folder: Path) -> None:
+        state = {
+            "num_samples": self.num_samples,
+            "difficulty": dict(zip(ALL_TASKS, self.difficulty.tolist(), strict=True)),
+            "score": dict(zip(ALL_TASKS, self.score, strict=True)),
+        }
+        (folder / DIALS_FILE).write_text(json.dumps(state, indent=2) + "\n")
+
+    def load(self, folder: Path) -> None:
+        state = json.loads((folder / DIALS_FILE).read_text())
+        self.num_samples = state["num_samples"]
+        self.difficulty.copy_(torch.tensor([state["difficulty"][task] for task in ALL_TASKS]))
+        self.score = [state["score"][task] for task in ALL_TASKS]
+
+
+def sample_scores(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """(samples,) 1 where every label is the most likely token; for grounding the share of such labels."""
+    labels, sample = batch["labels"][:, 1:], batch["sample_index"][:, 1:]
+    counted = labels != IGNORE_INDEX
+    right = (logits[:, :-1].argmax(-1) == labels)[counted].float()
+    tasks = batch["task_index"]
+    total, hits = torch.zeros(2, len(tasks), device=right.device)
+    total = total.index_add(0, sample[counted], torch.ones_like(right))
+    share = hits.index_add(0, sample[counted], right) / total
+    return torch.where(tasks == ALL_TASKS.index("grounding"), share, (share == 1).float())
+
+
+class PackedTrainer(Trainer):
+    """Trainer over `PackedSamples`, which come as whole batches and tell their tasks' progress to the dials."""
+
+    def __init__(self, *args: Any, dials: Dials, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.dials = dials
+        self.model_accepts_loss_kwargs = False  # one packed batch per step: its own mean is the loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train_dataset, batch_size=None, num_workers=1, prefetch_factor=8)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+        batch = dict(inputs)
+        not_for_the_model = ("sample_index", "task_index")
+        outputs = model(**{name: x for name, x in batch.items() if name not in not_for_the_model}, use_cache=False)
+        with torch.no_grad():
+            self.dials.record(batch["task_index"], sample_scores(outputs.logits, batch))
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class Progress(TrainerCallback):
+    """Logs losses and dials, saves the dials with every checkpoint, and ends a piece when its minutes are over."""
+
+    def __init__(self, dials: Dials, folder: Path, deadline: float | None):
+        self.dials = dials
+        self.folder = folder
+        self.deadline = deadline
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            tasks = {
+                task: [round(float(difficulty), 3), round(score, 3)]
+                for task, difficulty, score in zip(ALL_TASKS, self.dials.difficulty, self.dials.score, strict=True)
+            }
+            row = {"step": state.global_step, "samples": self.dials.num_samples, **logs, "tasks": tasks}
+            with (self.folder / LOG_FILE).open("a") as log:
+                log.write(json.dumps(row) + "\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.dials.save(self.folder / f"checkpoint-{state.global_step}")
+
+
+def copy_text_experts(model: nn.Module) -> None:
+    """Visual experts start as copies of the text experts (the paper's LLM initialization)."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if ".visual." in name:
+                parameter.copy_(parameters[name.replace(".visual.", ".text.")])
+
+
+def training_arguments(stage: Stage, folder: Path, steps: int, save_steps: int) -> TrainingArguments:
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.schedule,
+        warmup_steps=200,
+        weight_decay=stage.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-8,
+        bf16=on_gpu,  # most CPUs emulate bf16 at a hundredth of float32's speed
+        use_cpu=not on_gpu,
+        logging_steps=20,
+        save_steps=save_steps,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        ignore_data_skip=True,  # a resumed stream starts at fresh seeds instead of drawing the old ones again
+        report_to=[],
+    )
+
+
+def run_stage(
+    name: str, folder: Path, start: Path, steps: int, deadline: float | None, save_steps: int, keep_dials: bool
+) -> bool:
+    """Trains one stage from the model folder `start`, or from the stage's own last checkpoint; True when complete."""
+    stage = STAGES[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = get_last_checkpoint(str(folder))
+    source = Path(checkpoint) if checkpoint else start
+    dials = Dials()
+    if checkpoint or keep_dials:
+        dials.load(source)
+    model = AutoModel.from_pretrained(source, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+    if name == "s1.1" and checkpoint is None and not keep_dials:
+        copy_text_experts(model)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(stage.trains(parameter_name))
+    weights = torch.tensor([stage.mix.get(task, 0.0) for task in ALL_TASKS])
+    trainer = PackedTrainer(
+        model=model,
+        args=training_arguments(stage, folder, steps, save_steps),
+        train_dataset=PackedSamples(processor, weights, dials.difficulty, first_seed=dials.num_samples),
+        processing_class=processor,
+        dials=dials,
+        callbacks=[Progress(dials, folder, deadline)],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step < steps:
+        return False
+    finish(trainer, processor, dials, folder)
+    return True
+
+
+def finish(trainer: Trainer, processor: Any, dials: Dials, folder: Path) -> None:
+    """Writes `final` under another name first, so that it is whole whenever it is there."""
+    building = folder / "building"
+    trainer.save_model(str(building))
+    processor.save_pretrained(building)
+    dials.save(building)
+    shutil.rmtree(folder / "final", ignore_errors=True)
+    building.rename(folder / "final")
+
+
+def build_start(folder: Path) -> Path:
+    """An untrained model with its tokenizer."""
+    start = folder / "start"
+    if not start.is_dir():
+        set_seed(0)
+        tokenizer = build_tokenizer(question_words())
+        model = build_model(tokenizer)
+        building = folder / "start-building"
+        model.save_pretrained(building)
+        build_processor(tokenizer, model.config).save_pretrained(building)
+        building.rename(start)
+    return start
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train the small NaViL: text, s1.1, s1.2, s2. Run again to resume.",
+        epilog="example: python -m recipes.train --runs runs --minutes 10 --steps s2=20000",
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs (%(default)s)")
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes, with a checkpoint")
+    parser.add_argument(
+        "--steps",
+        action="append",
+        default=[],
+        metavar="STAGE=N",
+        help="length of a stage, in steps; repeatable (" + ", ".join(f"{n}={s.steps}" for n, s in STAGES.items()) + ")",
+    )
+    parser.add_argument("--save-steps", type=int, default=250, help="steps between checkpoints (%(default)s)")
+    parser.add_argument("--init", type=Path, metavar="DIR", help="continue s2 from a published model folder")
+    return parser
+
+
+def stage_lengths(overrides: Sequence[str]) -> dict[str, int]:
+    lengths = {name: stage.steps for name, stage in STAGES.items()}
+    for override in overrides:
+        name, _, steps = override.partition("=")
+        if name not in STAGES or not steps.isdigit():
+            raise ValueError(f"--steps takes STAGE=N with a stage of {list(STAGES)}, got {override!r}")
+        lengths[name] = int(steps)
+    return lengths
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    lengths = stage_lengths(options.steps)
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    options.runs.mkdir(parents=True, exist_ok=True)
+    stages = list(STAGES) if options.init is None else ["s2"]
+    start = options.init or build_start(options.runs)
+    for name in stages:
+        folder = options.runs / name
+        keep_dials = name in ("s1.2", "s2")
+        if not (folder / "final").is_dir() and not run_stage(
+            name, folder, start, lengths[name], deadline, options.save_steps, keep_dials
+        ):
+            print(f"stopped in {name}; run again to resume")
+            return 0
+        start = folder / "final"
+    print(f"trained: {start}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The training recipe: its tokenizer, its packing, its dials, and a step that learns."""
+
+import json
+
+import pytest
+import torch
+from conftest import relative_error
+
+pytest.importorskip("matplotlib")
+
+from recipes import blueprint, data, train  # noqa: E402
+from recipes.tasks import make_sample  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return blueprint.build_tokenizer(blueprint.question_words())
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    return blueprint.build_model(tokenizer).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer, model):
+    return blueprint.build_processor(tokenizer, model.config)
+
+
+def drawn(processor, *tasks):
+    return [data.encode(data.draw(task, seed, 0.3), processor) for seed, task in enumerate(tasks)]
+
+
+def test_blueprint_size(model):
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert 5e6 < parameters < 10e6  # at most 40 MB in float32
+    assert model.config.vision_config.visual_token_order == "raster"
+
+
+def test_tokenizer_reads_words_and_spells_answers(tokenizer):
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Is there a star?"}, {"role": "assistant", "content": "the text 12.40"}]
+    )
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert "Ġthere" in tokens and "assistant\n" in tokens
+    answer = tokens[tokens.index("assistant\n") + 1 :]
+    assert answer == ["t", "h", "e", "Ġtext", "Ġ", "1", "2", ".", "4", "0", "<|im_end|>"]
+    grounded = "<ref>red star</ref><box>[[1, 2, 3, 4]]</box>"
+    assert tokenizer.decode(tokenizer(grounded)["input_ids"], skip_special_tokens=True) == grounded
+
+
+@pytest.mark.parametrize("task", data.ALL_TASKS)
+def test_labels_are_the_answers(processor, task):
+    sample = data.draw(task, 3, 0.5)
+    encoded = data.encode(sample, processor)
+    labels = [label for label in encoded.labels if label != data.IGNORE_INDEX]
+    assert processor.tokenizer.decode(labels) == "".join(f"{answer}<|im_end|>" for _, answer in sample.turns)
+    assert len(encoded.labels) == len(encoded.input_ids)
+    assert bool(sample.images) == bool(encoded.images)
+
+
+def test_training_ids_begin_like_the_ids_that_chat_sees(model, processor):
+    sample = make_sample("scene", 1, 0.3)
+    encoded = data.encode(sample, processor)
+    prompt = encoded.labels.index(next(label for label in encoded.labels if label != data.IGNORE_INDEX))
+    images = model._image_inputs(sample.images, None, None)
+    ids = model._encode_chat(processor.tokenizer, [(sample.turns[0][0], None)], images)
+    assert ids[0].tolist() == encoded.input_ids[:prompt]
+    assert torch.equal(images["pixel_values"], encoded.images["pixel_values"])
+
+
+def test_packed_samples_do_not_see_each_other(model, processor):
+    samples = drawn(processor, "text", "text_only", "scene", "two_images", "two_turns")
+    batch = data.pack([samples[:2], samples[2:]], processor.tokenizer.pad_token_id)
+    inputs = {name: x for name, x in batch.items() if name not in ("sample_index", "task_index", "labels")}
+    with torch.no_grad():
+        packed = model(**inputs, use_cache=False).logits
+        for index, sample in enumerate(samples):
+            alone = model(torch.tensor([sample.input_ids]), **sample.images).logits[0]
+            assert relative_error(packed[batch["sample_index"] == index], alone) < 1e-5
+    assert batch["task_index"].tolist() == [sample.task for sample in samples]
+
+
+def test_stream_fills_batches_within_their_limits(processor):
+    weights = torch.tensor([1.0 if task in ("text", "text_only") else 0.0 for task in data.ALL_TASKS])
+    difficulty = torch.zeros(len(data.ALL_TASKS))
+    settings = {"rows": 3, "row_length": 200, "max_patches": 512}
+    stream = iter(data.PackedSamples(processor, weights, difficulty, first_seed=5, **settings))
+    batches = [next(stream) for _ in range(3)]
+    for batch in batches:
+        rows, length = batch["input_ids"].shape
+        assert rows <= 3 and length <= 200 and len(batch["pixel_values"]) <= 512
+        assert len(batch["task_index"]) > rows
+        assert set(batch["task_index"].tolist()) <= {data.ALL_TASKS.index("text"), data.ALL_TASKS.index("text_only")}
+    again = next(iter(data.PackedSamples(processor, weights, difficulty, first_seed=5, **settings)))
+    assert all(torch.equal(again[name], batches[0][name]) for name in again)
+
+
+def test_dials_open_with_progress_only_and_survive_saving(tmp_path):
+    dials = train.Dials()
+    text, scene = data.ALL_TASKS.index("text"), data.ALL_TASKS.index("scene")
+    for _ in range(40):
+        dials.record(torch.full((8,), text), torch.ones(8))
+        dials.record(torch.full((8,), scene), torch.tensor([1.0, 0.0] * 4))
+    assert 0 < dials.difficulty[text] < 1 and dials.difficulty[scene] == 0
+    dials.save(tmp_path)
+    loaded = train.Dials()
+    loaded.load(tmp_path)
+    assert torch.equal(loaded.difficulty, dials.difficulty) and loaded.num_samples == dials.num_samples == 640
+    assert loaded.score == dials.score
+
+
+def test_sample_scores(processor):
+    batch = data.pack([drawn(processor, "text_only", "grounding")], processor.tokenizer.pad_token_id)
+    vocabulary = len(processor.tokenizer)
+    following = torch.roll(batch["labels"], -1, dims=1).clamp(min=0)
+    logits = torch.nn.functional.one_hot(following, vocabulary).float()
+    assert train.sample_scores(logits, batch).tolist() == [1.0, 1.0]
+    for index in (0, 1):  # the last label of each sample predicted wrongly
+        last = ((batch["labels"] != data.IGNORE_INDEX) & (batch["sample_index"] == index)).nonzero()[-1]
+        logits[last[0], last[1] - 1] = 0
+    wrong = train.sample_scores(logits, batch)
+    assert wrong[0] == 0 and 0.9 < wrong[1] < 1
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_stages_train_what_the_paper_says(model, stage):
+    names = [name for name, _ in model.named_parameters()]
+    trained = {name for name in names if train.STAGES[stage].trains(name)}
+    text_attention = {name for name in names if ".self_attn.text." in name}
+    visual = {name for name in names if ".visual." in name or name.startswith(("vision_model", "connector"))}
+    expected = {
+        "text": {name for name in names if name not in visual},
+        "s1.1": visual,
+        "s1.2": visual | text_attention,
+        "s2": set(names),
+    }[stage]
+    assert trained == expected and text_attention and visual
+
+
+def test_killed_training_resumes_where_it_was(tmp_path):
+    runs = str(tmp_path / "runs")
+    lengths = [f"--steps={stage}=2" for stage in train.STAGES]
+    assert train.main(["--runs", runs, "--minutes", "0", "--save-steps", "1", *lengths]) == 0
+    assert (tmp_path / "runs" / "text" / "checkpoint-1" / "dials.json").is_file()
+    assert train.main(["--runs", runs, "--save-steps", "1", *lengths]) == 0
+    final = tmp_path / "runs" / "s2" / "final"
+    assert {"model.safetensors", "modeling_navil.py", "tokenizer.json", "dials.json"} <= {
+        p.name for p in final.iterdir()
+    }
+    state = json.loads((tmp_path / "runs" / "text" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    with pytest.raises(ValueError, match="'s3=1'"):
+        train.main(["--runs", runs, "--steps", "s3=1"])
