@@ -7,6 +7,7 @@ Sizes are counted in these units throughout the package:
 * merged cell: `spatial_merge_size` x `spatial_merge_size` patches, one visual token of the decoder.
 """
 
+import math
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
@@ -27,11 +28,12 @@ NORM_TYPES = ("rms_norm", "layer_norm")
 ROPE_SCALING_TYPES = ("default", "linear", "dynamic")
 
 
-def _require_positive(config: PretrainedConfig, *names: str) -> None:
+def _require_positive(config: PretrainedConfig, kind: type, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise ValueError(f"{type(config).__name__}.{name} must be a positive number, got {value!r}")
+        is_number = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or value <= 0:
+            raise ValueError(f"{type(config).__name__}.{name} must be a positive {kind.__name__}, got {value!r}")
 
 
 def _require_divisible(config: PretrainedConfig, name: str, divisor_name: str, divisor: int) -> None:
@@ -57,7 +59,6 @@ class NaViLVisionConfig(_NaViLPartConfig):
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: width, MLP width, depth and heads;
             the head dimension must be a multiple of 4 (two axes, rotated in pairs).
         patch_size: side of a patch, in pixels.
-        num_channels: channels of a pixel.
         spatial_merge_size: side of a merged cell, in patches.
         norm_type: `rms_norm` or `layer_norm`.
         layer_norm_eps: epsilon of either norm.
@@ -85,7 +86,6 @@ class NaViLVisionConfig(_NaViLPartConfig):
         num_hidden_layers: int = 24,
         num_attention_heads: int = 23,
         patch_size: int = 16,
-        num_channels: int = 3,
         spatial_merge_size: int = 2,
         norm_type: str = "rms_norm",
         layer_norm_eps: float = 1e-6,
@@ -104,7 +104,6 @@ class NaViLVisionConfig(_NaViLPartConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.patch_size = patch_size
-        self.num_channels = num_channels
         self.spatial_merge_size = spatial_merge_size
         self.norm_type = norm_type
         self.layer_norm_eps = layer_norm_eps
@@ -120,9 +119,11 @@ class NaViLVisionConfig(_NaViLPartConfig):
     def _validate(self) -> None:
         _require_positive(
             self,
+            int,
             *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"),
-            *("num_channels", "spatial_merge_size", "layer_norm_eps", "rope_theta", "window_size"),
+            *("spatial_merge_size", "window_size"),
         )
+        _require_positive(self, float, "layer_norm_eps", "rope_theta", "initializer_range")
         _require_divisible(self, "hidden_size", "4 * num_attention_heads", 4 * self.num_attention_heads)
         _require_divisible(self, "window_size", "spatial_merge_size", self.spatial_merge_size)
         if self.norm_type not in NORM_TYPES:
@@ -141,8 +142,8 @@ class NaViLVisionConfig(_NaViLPartConfig):
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one flattened patch: channels x rows x columns."""
-        return self.num_channels * self.patch_size**2
+        """Numbers in one flattened patch: RGB channels x rows x columns."""
+        return 3 * self.patch_size**2
 
     @property
     def merged_dim(self) -> int:
@@ -168,6 +169,7 @@ class NaViLTextConfig(_NaViLPartConfig):
         attention_dropout: dropout on attention weights, in training only.
         initializer_range: standard deviation of freshly initialised weights.
         use_cache: whether `forward` returns a key/value cache by default.
+        tie_word_embeddings: whether the output head is the embedding table.
 
     Raises:
         ValueError: sizes that do not fit together, with the numbers.
@@ -205,7 +207,10 @@ class NaViLTextConfig(_NaViLPartConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim if head_dim is not None else hidden_size // num_attention_heads
+        if head_dim is None:
+            _require_divisible(self, "hidden_size", "num_attention_heads", num_attention_heads)
+            head_dim = hidden_size // num_attention_heads
+        self.head_dim = head_dim
         self.qk_norm = qk_norm
         self.attention_bias = attention_bias
         self.attention_output_bias = attention_bias if attention_output_bias is None else attention_output_bias
@@ -221,15 +226,18 @@ class NaViLTextConfig(_NaViLPartConfig):
     def _validate(self) -> None:
         _require_positive(
             self,
+            int,
             *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-            *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
+            *("num_key_value_heads", "head_dim", "max_position_embeddings"),
         )
+        _require_positive(self, float, "rms_norm_eps", "rope_theta", "initializer_range")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout must lie in [0, 1), got {self.attention_dropout}")
         _require_divisible(self, "num_attention_heads", "num_key_value_heads", self.num_key_value_heads)
         _require_divisible(self, "head_dim", "2", 2)
         if self.rope_scaling is None:
             return
-        rope_type = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
-        if rope_type not in ROPE_SCALING_TYPES:
+        if self.rope_type not in ROPE_SCALING_TYPES:
             raise ValueError(f"rope_scaling type must be one of {ROPE_SCALING_TYPES}, got {self.rope_scaling!r}")
         factor = self.rope_scaling.get("factor", 1.0)
         if not isinstance(factor, int | float) or factor < 1:
@@ -238,7 +246,7 @@ class NaViLTextConfig(_NaViLPartConfig):
     @property
     def rope_type(self) -> str:
         scaling = self.rope_scaling or {}
-        return scaling.get("rope_type", scaling.get("type", "default"))
+        return scaling.get("rope_type") or scaling.get("type") or "default"
 
     @property
     def rope_factor(self) -> float:
@@ -284,15 +292,14 @@ class NaViLConfig(PretrainedConfig):
         self.min_dynamic_patch = min_dynamic_patch
         self.max_dynamic_patch = max_dynamic_patch
         self.scale_downsample_ratio = scale_downsample_ratio
-        tied = kwargs.pop("tie_word_embeddings", text_config.tie_word_embeddings)
-        if tied != text_config.tie_word_embeddings:
-            raise ValueError(f"tie_word_embeddings is {tied} but text_config's is {text_config.tie_word_embeddings}")
         kwargs["auto_map"] = dict(AUTO_MAP)
-        super().__init__(tie_word_embeddings=tied, **kwargs)
+        kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
+        super().__init__(**kwargs)
         self._validate()
 
     def _validate(self) -> None:
-        _require_positive(self, "min_dynamic_patch", "max_dynamic_patch", "scale_downsample_ratio")
+        _require_positive(self, int, "min_dynamic_patch", "max_dynamic_patch")
+        _require_positive(self, float, "scale_downsample_ratio")
         if self.min_dynamic_patch > self.max_dynamic_patch:
             raise ValueError(
                 f"min_dynamic_patch {self.min_dynamic_patch} is larger than max_dynamic_patch {self.max_dynamic_patch}"
@@ -303,6 +310,15 @@ class NaViLConfig(PretrainedConfig):
             token_id = getattr(self, name)
             if token_id is not None and not 0 <= token_id < self.text_config.vocab_size:
                 raise ValueError(f"{name} {token_id} lies outside the vocabulary of {self.text_config.vocab_size}")
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the output head is the embedding table: the text config's setting, here under its released name."""
+        return self.text_config.tie_word_embeddings
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool) -> None:
+        self.text_config.tie_word_embeddings = value
 
     @property
     def downsample_ratio(self) -> float:

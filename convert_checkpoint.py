@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,12 @@ from transformers import GenerationConfig, Qwen2TokenizerFast
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).resolve().parent
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -55,6 +60,8 @@ processing = navil_module("processing_navil", "NaViLProcessor")
 
 def need(config: dict[str, Any], *names: str) -> dict[str, Any]:
     """The named settings of a released config, all of which must be there."""
+    if not isinstance(config, dict):
+        raise ValueError(f"the source's config.json has {config!r:.80} where an object belongs")
     missing = [name for name in names if config.get(name) is None]
     if missing:
         raise ValueError(f"the source's config.json lacks {', '.join(missing)}")
@@ -63,28 +70,33 @@ def need(config: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def require(config: dict[str, Any], name: str, allowed: Sequence[Any], default: Any) -> None:
     """Refuses a setting of a released config that this package does not express."""
-    value = config.get(name, default)
+    need(config)
+    value = default if config.get(name) is None else config[name]
     if value not in allowed:
         raise ValueError(f"cannot convert a checkpoint with {name}={value!r}; it must be one of {list(allowed)}")
 
 
 def convert_vision_config(source: dict[str, Any], downsample_ratio: float) -> Any:
+    require(source, "num_channels", [3], 3)
     require(source, "qk_normalization", [False], False)  # the released code cannot run it (reference §2)
     require(source, "hidden_act", ["gelu"], "gelu")
-    merge_size = round(1 / downsample_ratio)
-    if merge_size * downsample_ratio != 1:
-        raise ValueError(f"downsample_ratio must be 1 / an integer, got {downsample_ratio}")
+    is_ratio = isinstance(downsample_ratio, float) and 0 < downsample_ratio < 1
+    if not is_ratio or round(1 / downsample_ratio) * downsample_ratio != 1:
+        raise ValueError(f"downsample_ratio must be 1 / an integer, got {downsample_ratio!r}")
     settings = need(
         source,
         *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"),
-        *("norm_type", "layer_norm_eps", "qkv_bias", "window_size"),
+        *("norm_type", "layer_norm_eps", "qkv_bias"),
     )
-    optional = ("num_channels", "fullatt_block_indexes", "initializer_range")
-    settings |= {name: source[name] for name in optional if name in source}
-    return configuration.NaViLVisionConfig(**settings, spatial_merge_size=merge_size, visual_token_order="window")
+    optional = ("fullatt_block_indexes", "initializer_range", "window_size")
+    settings |= {name: source[name] for name in optional if source.get(name) is not None}
+    return configuration.NaViLVisionConfig(
+        **settings, spatial_merge_size=round(1 / downsample_ratio), visual_token_order="window"
+    )
 
 
-def convert_text_config(source: dict[str, Any], tied: bool) -> Any:
+def convert_text_config(source: dict[str, Any], tied: bool, output_bias: bool = False) -> Any:
+    """A released `llm_config` -> `NaViLTextConfig`; `output_bias`: whether an output projection has a bias."""
     require(source, "model_type", ["internlm2", "qwen3"], None)
     require(source, "hidden_act", ["silu"], "silu")
     require(source, "use_sliding_window", [False], False)
@@ -99,19 +111,27 @@ def convert_text_config(source: dict[str, Any], tied: bool) -> Any:
     settings.setdefault("num_key_value_heads", source["num_attention_heads"])
     if source["model_type"] == "internlm2":
         settings["attention_bias"] = source.get("bias", True)
-    rope_scaling = source.get("rope_scaling")
+    rope_scaling = source.get("rope_scaling") or None
     if rope_scaling is not None:
-        rope_scaling = {
-            "rope_type": rope_scaling.get("rope_type", rope_scaling.get("type")),
-            "factor": rope_scaling.get("factor", 1.0),
-        }
+        if not isinstance(rope_scaling, dict):
+            raise ValueError(f"rope_scaling must be an object with a type and a factor, got {rope_scaling!r}")
+        rope_type = rope_scaling.get("rope_type") or rope_scaling.get("type")
+        rope_scaling = {"rope_type": rope_type, "factor": rope_scaling.get("factor", 1.0)}
     return configuration.NaViLTextConfig(
-        **settings, qk_norm=source["model_type"] == "qwen3", rope_scaling=rope_scaling, tie_word_embeddings=tied
+        **settings,
+        qk_norm=source["model_type"] == "qwen3",
+        attention_output_bias=output_bias,
+        rope_scaling=rope_scaling,
+        tie_word_embeddings=tied,
     )
 
 
-def convert_config(source: dict[str, Any], tokenizer: Any, tied: bool) -> Any:
+def convert_config(source: dict[str, Any], tokenizer: Any, tied: bool, output_bias: bool = False) -> Any:
     """A released `config.json` -> `NaViLConfig`.
+
+    Args:
+        tied: whether the result's output head is its embedding table.
+        output_bias: whether the attention's output projections have biases.
 
     Raises:
         ValueError: a setting that this package does not express, by name and value.
@@ -120,15 +140,17 @@ def convert_config(source: dict[str, Any], tokenizer: Any, tied: bool) -> Any:
     require(source, "use_backbone_lora", [0], 0)
     require(source, "use_llm_lora", [0], 0)
     require(source, "anyres_image_size", [True], True)
+    require(source, "pad2square", [False], False)
     config = configuration.NaViLConfig(
         vision_config=convert_vision_config(source["vision_config"], source["downsample_ratio"]),
-        text_config=convert_text_config(source["llm_config"], tied),
+        text_config=convert_text_config(source["llm_config"], tied, output_bias),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_start_token_id=tokenizer.convert_tokens_to_ids("<img>"),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.convert_tokens_to_ids(tokenization.END_OF_TURN),
         pad_token_id=tokenizer.pad_token_id,
-        **need(source, "min_dynamic_patch", "max_dynamic_patch", "scale_downsample_ratio"),
+        **need(source, "min_dynamic_patch", "max_dynamic_patch"),
+        scale_downsample_ratio=source.get("scale_downsample_ratio") or 0.7071,
     )
     config.architectures = ["NaViLForConditionalGeneration"]
     return config
@@ -160,7 +182,7 @@ def fold_outputs(visual_output: Tensor, output: Tensor) -> Tensor:
 def fold_output_biases(visual_output: Tensor, bias: Tensor, visual_bias: Tensor | None = None) -> Tensor:
     """The bias of `wo_ve(wo(x))` as one layer."""
     folded = visual_output.double() @ bias.double()
-    return (folded if visual_bias is None else folded + visual_bias.double()).to(bias.dtype)
+    return (folded if visual_bias is None else folded + visual_bias.double()).to(visual_output.dtype)
 
 
 def split_wqkv(config: Any, part: str) -> Callable[[Tensor], Tensor]:
@@ -177,7 +199,7 @@ def split_wqkv(config: Any, part: str) -> Callable[[Tensor], Tensor]:
 
 def vision_rules(config: Any) -> Iterator[Rule]:
     width, mlp_width = config.hidden_size, config.intermediate_size
-    patch_shape = (width, config.num_channels, config.patch_size, config.patch_size)
+    patch_shape = (width, 3, config.patch_size, config.patch_size)
     source = "vision_model.embeddings.patch_embedding"
     target = "vision_model.patch_embedding"
     yield Rule(f"{target}.weight", {f"{source}.weight": patch_shape}, lambda kernel: kernel.flatten(1))
@@ -217,7 +239,7 @@ def connector_rules(config: Any) -> Iterator[Rule]:
         yield Rule(f"{target}.bias", {f"{source}.bias": shape[:1]}, keep)
 
 
-def qwen3_layer_rules(config: Any, layer: int, visual_bias: bool) -> Iterator[Rule]:
+def qwen3_layer_rules(config: Any, layer: int, biases: Collection[str]) -> Iterator[Rule]:
     source, target = f"language_model.model.layers.{layer}", f"language_model.model.layers.{layer}"
     width, head_dim = config.hidden_size, config.head_dim
     query_dim, key_dim = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -231,10 +253,8 @@ def qwen3_layer_rules(config: Any, layer: int, visual_bias: bool) -> Iterator[Ru
         attention = f"{target}.self_attn.{modality}"
         for name, shape in projections.items():
             yield Rule(f"{attention}.{name}.weight", {f"{source}.self_attn.{name}{suffix}.weight": shape}, keep)
-            if config.attention_bias and (modality == "text" or visual_bias):
-                yield Rule(f"{attention}.{name}.bias", {f"{source}.self_attn.{name}{suffix}.bias": shape[:1]}, keep)
-            elif config.attention_bias:
-                yield zero_bias(f"{attention}.{name}.bias", shape[0])
+            if config.attention_output_bias if name == "o_proj" else config.attention_bias:
+                yield bias_rule(f"{attention}.{name}.bias", f"{source}.self_attn.{name}{suffix}.bias", shape[0], biases)
         for name in ("q_norm", "k_norm"):
             yield Rule(f"{attention}.{name}.weight", {f"{source}.self_attn.{name}{suffix}.weight": (head_dim,)}, keep)
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -243,7 +263,7 @@ def qwen3_layer_rules(config: Any, layer: int, visual_bias: bool) -> Iterator[Ru
         yield Rule(f"{target}.{name}.weight", {f"{source}.{name}.weight": (width,)}, keep)
 
 
-def internlm2_layer_rules(config: Any, layer: int, visual_bias: bool) -> Iterator[Rule]:
+def internlm2_layer_rules(config: Any, layer: int, biases: Collection[str]) -> Iterator[Rule]:
     source, target = f"language_model.model.layers.{layer}", f"language_model.model.layers.{layer}"
     width = config.hidden_size
     query_dim, key_dim = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -255,21 +275,25 @@ def internlm2_layer_rules(config: Any, layer: int, visual_bias: bool) -> Iterato
         for name, rows in (("q_proj", query_dim), ("k_proj", key_dim), ("v_proj", key_dim)):
             take = split_wqkv(config, name)
             yield Rule(f"{attention}.{name}.weight", {f"{packed}.weight": (packed_dim, width)}, take)
-            if config.attention_bias and (modality == "text" or visual_bias):
-                yield Rule(f"{attention}.{name}.bias", {f"{packed}.bias": (packed_dim,)}, take)
-            elif config.attention_bias:
-                yield zero_bias(f"{attention}.{name}.bias", rows)
+            if config.attention_bias:
+                yield bias_rule(f"{attention}.{name}.bias", f"{packed}.bias", rows, biases, packed_dim, take)
         for name, released in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
             yield ffn_rule(config, f"{target}.mlp.{modality}", name, f"{source}.feed_forward{suffix}.{released}.weight")
     output = {f"{wo}.weight": (width, query_dim)}
     visual_output = {f"{wo}_ve.weight": (width, width)}
     yield Rule(f"{target}.self_attn.text.o_proj.weight", output, keep)
     yield Rule(f"{target}.self_attn.visual.o_proj.weight", visual_output | output, fold_outputs)
-    if config.attention_bias:
+    if config.attention_output_bias:
+        yield bias_rule(f"{target}.self_attn.text.o_proj.bias", f"{wo}.bias", width, biases)
+        visual_target = f"{target}.self_attn.visual.o_proj.bias"
         bias = {f"{wo}.bias": (width,)}
-        visual = {f"{wo}_ve.bias": (width,)} if visual_bias else {}
-        yield Rule(f"{target}.self_attn.text.o_proj.bias", bias, keep)
-        yield Rule(f"{target}.self_attn.visual.o_proj.bias", visual_output | bias | visual, fold_output_biases)
+        visual_bias = {f"{wo}_ve.bias": (width,)}
+        if bias_name(f"{wo}.bias") not in biases:
+            yield Rule(visual_target, visual_bias, keep)
+        elif bias_name(f"{wo}_ve.bias") not in biases:
+            yield Rule(visual_target, visual_output | bias, fold_output_biases)
+        else:
+            yield Rule(visual_target, visual_output | bias | visual_bias, fold_output_biases)
     for released, name in (("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")):
         yield Rule(f"{target}.{name}.weight", {f"{source}.{released}.weight": (width,)}, keep)
 
@@ -279,8 +303,28 @@ def ffn_rule(config: Any, target: str, name: str, source: str) -> Rule:
     return Rule(f"{target}.{name}.weight", {source: shape[::-1] if name == "down_proj" else shape}, keep)
 
 
-def zero_bias(target: str, rows: int) -> Rule:
-    """A visual projection without a bias where the text one has one is the same as one whose bias is zero."""
+def bias_name(name: str) -> str:
+    """A bias's name inside its layer, such as `wqkv_ve.bias`."""
+    return ".".join(name.split(".")[-2:])
+
+
+def attention_biases(names: Collection[str]) -> set[str]:
+    """Which attention biases the first layer has, by `bias_name`; every other layer must have the same."""
+    first_layer = "language_model.model.layers.0."
+    return {bias_name(name) for name in names if name.startswith(first_layer) and name.endswith(".bias")}
+
+
+def bias_rule(
+    target: str,
+    source: str,
+    rows: int,
+    biases: Collection[str],
+    source_rows: int | None = None,
+    convert: Callable[[Tensor], Tensor] = keep,
+) -> Rule:
+    """A bias. A projection without one, where another modality's has one, is the same as one whose bias is zero."""
+    if bias_name(source) in biases:
+        return Rule(target, {source: (source_rows or rows,)}, convert)
     return Rule(target, {}, lambda: torch.zeros(rows))
 
 
@@ -289,13 +333,14 @@ EMBEDDING_NAMES = {
     "internlm2": ("language_model.model.tok_embeddings.weight", "language_model.output.weight"),
     "qwen3": ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
 }
-VISUAL_BIASES = ("attention.wqkv_ve.bias", "self_attn.q_proj_ve.bias")
 SPECIAL_ROWS = "special_token_embedding.weight"
 
 
-def embedding_rules(config: Any, backbone: str, special_ids: Sequence[int], source_tied: bool) -> Iterator[Rule]:
-    """The 12 image-token rows replace theirs in the table; an output head that was tied keeps the old rows."""
-    embedding, head = EMBEDDING_NAMES[backbone]
+def embedding_rules(config: Any, embedding: str, head: str, special_ids: Sequence[int]) -> Iterator[Rule]:
+    """The 12 image-token rows replace theirs in the table; an output head that was tied keeps the old rows.
+
+    `embedding` and `head` are the source's tensors, one and the same when they are tied.
+    """
     table = (config.vocab_size, config.hidden_size)
 
     def write_rows(weight: Tensor, rows: Tensor) -> Tensor:
@@ -304,11 +349,11 @@ def embedding_rules(config: Any, backbone: str, special_ids: Sequence[int], sour
     special = {SPECIAL_ROWS: (len(tokenization.IMAGE_TOKENS), config.hidden_size)}
     yield Rule("language_model.model.embed_tokens.weight", {embedding: table} | special, write_rows)
     if not config.tie_word_embeddings:
-        yield Rule("language_model.lm_head.weight", {embedding if source_tied else head: table}, keep)
+        yield Rule("language_model.lm_head.weight", {head: table}, keep)
 
 
 def official_rules(
-    config: Any, backbone: str, special_ids: Sequence[int], source_tied: bool, visual_bias: bool
+    config: Any, backbone: str, special_ids: Sequence[int], embedding: str, head: str, biases: Collection[str] = ()
 ) -> list[Rule]:
     """Rules for every tensor of this package's layout, from the released layout.
 
@@ -316,14 +361,14 @@ def official_rules(
         config: the target `NaViLConfig`.
         backbone: `internlm2` or `qwen3`, the released LLM.
         special_ids: ids of the 12 image tokens in the row order of `special_token_embedding`.
-        source_tied: whether the released output head is its embedding table.
-        visual_bias: whether the released visual attention projections have biases where the text ones do.
+        embedding, head: the released embedding table and output head, one and the same when they are tied.
+        biases: the attention biases that the released layers have (see `attention_biases`).
     """
     text = config.text_config
     rules = [*vision_rules(config.vision_config), *connector_rules(config)]
-    rules += embedding_rules(text, backbone, special_ids, source_tied)
+    rules += embedding_rules(text, embedding, head, special_ids)
     for layer in range(text.num_hidden_layers):
-        rules += LAYER_RULES[backbone](text, layer, visual_bias)
+        rules += LAYER_RULES[backbone](text, layer, biases)
     rules.append(
         Rule("language_model.model.norm.weight", {"language_model.model.norm.weight": (text.hidden_size,)}, keep)
     )
@@ -341,7 +386,9 @@ class SourceTensors:
         self._files: dict[str, Any] = {}
         index_path = folder / INDEX_NAME
         if index_path.is_file():
-            weight_map = read_json(index_path)["weight_map"]
+            weight_map = read_json(index_path).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index_path} has no weight_map")
             for shard in sorted(set(weight_map.values())):
                 self._add_file(folder, shard)
             listed, found = set(weight_map), set(self._files)
@@ -459,24 +506,34 @@ def convert_tokenizer(source: Path, template: str | None = None, system_message:
     Raises:
         ValueError: no tokenizer files, tokens whose ids do not come out as declared, or missing image tokens.
     """
-    settings = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
-    special = read_json(source / "special_tokens_map.json") if (source / "special_tokens_map.json").is_file() else {}
+    settings, special = (
+        read_json(source / name) if (source / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
     is_sentencepiece = (source / "tokenizer.model").is_file() and (
         settings.get("tokenizer_class") == "InternLM2Tokenizer" or not (source / "tokenizer.json").is_file()
     )
+    defaults: dict[str, str] = {}
     if is_sentencepiece:
-        backend = sentencepiece_backend(source / "tokenizer.model", add_bos=settings.get("add_bos_token", True))
+        require(settings, "add_eos_token", [False], False)
+        backend, defaults = sentencepiece_backend(source / "tokenizer.model", settings.get("add_bos_token", True))
     elif (source / "tokenizer.json").is_file():
-        backend = Tokenizer.from_file(str(source / "tokenizer.json"))
+        with unreadable(source / "tokenizer.json"):
+            backend = Tokenizer.from_file(str(source / "tokenizer.json"))
     elif (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
-        backend = Qwen2TokenizerFast.from_pretrained(source).backend_tokenizer
+        with unreadable(source / "vocab.json"):
+            backend = Qwen2TokenizerFast.from_pretrained(source).backend_tokenizer
     else:
         raise ValueError(f"{source} has neither tokenizer.model, tokenizer.json nor vocab.json with merges.txt")
     add_declared_tokens(backend, declared_tokens(source, settings))
 
-    roles = ("bos_token", "eos_token", "unk_token", "pad_token")
-    tokens = {role: token_text(special.get(role, settings.get(role))) for role in roles}
-    extra = special.get("additional_special_tokens", settings.get("additional_special_tokens", []))
+    tokens = {
+        role: token_text(special.get(role) or settings.get(role) or defaults.get(role))
+        for role in ("bos_token", "eos_token", "unk_token", "pad_token")
+    }
+    # Batches need some padding token; what stands there is masked.
+    tokens["pad_token"] = tokens["pad_token"] or tokens["eos_token"] or tokenization.END_OF_TURN
+    extra = special.get("additional_special_tokens") or settings.get("additional_special_tokens") or []
     optional = {} if system_message is None else {"system_message": system_message}
     return tokenization.NaViLTokenizer(
         tokenizer_object=backend,
@@ -488,6 +545,15 @@ def convert_tokenizer(source: Path, template: str | None = None, system_message:
     )
 
 
+@contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """Turns whatever a parser raises about a file into a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:  # tokenizers and protobuf have no exception class of their own to catch
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
 def token_text(token: str | dict[str, Any] | None) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
@@ -497,7 +563,7 @@ def declared_tokens(source: Path, settings: dict[str, Any]) -> dict[int, AddedTo
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     declared = {
         int(token_id): AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
-        for token_id, token in settings.get("added_tokens_decoder", {}).items()
+        for token_id, token in (settings.get("added_tokens_decoder") or {}).items()
     }
     if not declared and (source / "added_tokens.json").is_file():
         names = read_json(source / "added_tokens.json")
@@ -515,15 +581,16 @@ def add_declared_tokens(backend: Tokenizer, declared: dict[int, AddedToken]) -> 
             )
 
 
-def sentencepiece_backend(path: Path, add_bos: bool) -> Tokenizer:
-    """A SentencePiece BPE model with byte fallback as a `tokenizers` pipeline.
+def sentencepiece_backend(path: Path, add_bos: bool) -> tuple[Tokenizer, dict[str, str]]:
+    """A SentencePiece BPE model with byte fallback as a `tokenizers` pipeline, and the special tokens it names.
 
     Raises:
         ValueError: not a BPE model with the identity normalizer and byte fallback, which InternLM2's is.
     """
     from sentencepiece import sentencepiece_model_pb2  # only this format needs it
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    with unreadable(path):
+        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
     kind = model.trainer_spec.ModelType.Name(model.trainer_spec.model_type)
     if kind != "BPE" or not model.trainer_spec.byte_fallback:
         raise ValueError(
@@ -552,7 +619,8 @@ def sentencepiece_backend(path: Path, add_bos: bool) -> Tokenizer:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
         )
-    return backend
+    spec = model.trainer_spec
+    return backend, {"bos_token": spec.bos_piece, "eos_token": spec.eos_piece, "unk_token": spec.unk_piece}
 
 
 def sentencepiece_merges(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -571,11 +639,14 @@ def sentencepiece_merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {content!r:.80}")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -587,15 +658,25 @@ def new_folder(destination: Path) -> Iterator[Path]:
     """A folder beside `destination` that takes its name when all went well, and is removed otherwise.
 
     Raises:
-        ValueError: the destination exists and is not an empty folder.
+        ValueError: the destination exists and is not an empty folder, or its name has a dot.
     """
+    destination = destination.resolve()
+    if "." in destination.name:
+        raise ValueError(
+            f"the name of {destination} has a dot; transformers loads no code from a local folder whose name has one"
+        )
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise ValueError(f"{destination} exists already; choose another destination or remove it")
     destination.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
     try:
         yield building
-        building.chmod(0o755)
+        # Temporary folders and safetensors files are private to their owner: give what a new file would have.
+        mask = os.umask(0)
+        os.umask(mask)
+        building.chmod(0o777 & ~mask)
+        for path in building.iterdir():
+            path.chmod(0o666 & ~mask)
         os.replace(building, destination)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -646,50 +727,62 @@ An image is seen at several scales with at most {config.max_dynamic_patch} patch
 """
 
 
-def convert_official(source: Path, destination: Path, dtype: torch.dtype | None, max_shard_size: str) -> None:
-    """A released checkpoint folder -> a complete model folder.
+def convert_official(source: Path, folder: Path, dtype: torch.dtype | None, max_shard_size: str) -> None:
+    """Fills a folder with the complete model of a released checkpoint folder.
 
     Raises:
-        ValueError: anything in the source that is missing, unknown, misshapen or not expressible, by name; or a
-            destination that exists. Nothing is left behind then.
+        ValueError: anything in the source that is missing, unknown, misshapen or not expressible, by name.
     """
     source_config = read_json(source / "config.json")
     require(source_config, "model_type", ["navil_chat"], None)
     need(source_config, "vision_config", "llm_config", "template", "downsample_ratio")
+    backbone = need(source_config["llm_config"], "model_type")["model_type"]
+    require(source_config["llm_config"], "model_type", list(LAYER_RULES), None)
     tokenizer = convert_tokenizer(source, source_config["template"], source_config.get("system_message"))
     tensors = SourceTensors(source)
-    backbone = source_config["llm_config"]["model_type"]
     special_ids = tokenizer.convert_tokens_to_ids(list(tokenization.IMAGE_TOKENS))
-    source_tied = source_config["llm_config"].get("tie_word_embeddings", False)
-    config = convert_config(source_config, tokenizer, tied=False)
+    biases = attention_biases(tensors.shapes())
+    output_bias = not biases.isdisjoint(OUTPUT_BIASES)
+    config = convert_config(source_config, tokenizer, tied=False, output_bias=output_bias)
     if max(special_ids) >= config.text_config.vocab_size:
         raise ValueError(
             f"image token id {max(special_ids)} lies outside the {config.text_config.vocab_size} rows of the embedding"
         )
 
-    ignored = tied_duplicates(tensors, backbone) if source_tied else []
-    visual_bias = any(name.endswith(VISUAL_BIASES) for name in tensors.shapes())
-    rules = official_rules(config, backbone, special_ids, source_tied, visual_bias)
+    source_tied = bool(source_config["llm_config"].get("tie_word_embeddings", False))
+    embedding, head, ignored = embedding_sources(tensors, backbone, source_tied)
+    rules = official_rules(config, backbone, special_ids, embedding, head, biases)
     check_sources(rules, tensors.shapes(), ignored)
-    if source_tied and torch.equal(
-        tensors.rows(EMBEDDING_NAMES[backbone][0], special_ids), tensors[SPECIAL_ROWS]
-    ):  # nothing to replace: the head may stay tied
-        config = convert_config(source_config, tokenizer, tied=True)
-        rules = official_rules(config, backbone, special_ids, source_tied, visual_bias)
+    odd = [
+        f"{name} is {tensors.dtype(name)}" for name in tensors.shapes() if tensors.dtype(name) not in DTYPES.values()
+    ]
+    if odd:
+        raise ValueError(f"weights must be one of {sorted(DTYPES)}: {preview(odd)}")
+    if source_tied and torch.equal(tensors.rows(embedding, special_ids), tensors[SPECIAL_ROWS]):
+        config.tie_word_embeddings = True  # no row is replaced: the head may stay tied
+        rules = official_rules(config, backbone, special_ids, embedding, head, biases)
 
-    with new_folder(destination) as folder:
-        config.torch_dtype = write_weights(rules, tensors, folder, dtype, max_shard_size)
-        write_companions(folder, config, tokenizer, source.resolve().name, tensors.shapes(), rules)
+    config.torch_dtype = write_weights(rules, tensors, folder, dtype, max_shard_size)
+    write_companions(folder, config, tokenizer, source.resolve().name, tensors.shapes(), rules)
 
 
-def tied_duplicates(tensors: SourceTensors, backbone: str) -> list[str]:
-    """The output head of a tied checkpoint that stores it all the same; it must be the embedding table."""
+OUTPUT_BIASES = ("wo.bias", "wo_ve.bias", "o_proj.bias", "o_proj_ve.bias")
+
+
+def embedding_sources(tensors: SourceTensors, backbone: str, tied: bool) -> tuple[str, str, list[str]]:
+    """The source's embedding table, its output head, and a duplicate of them that is not needed.
+
+    A tied checkpoint may store its one matrix under either name or both.
+    """
     embedding, head = EMBEDDING_NAMES[backbone]
-    if head not in tensors:
-        return []
-    if embedding in tensors and not torch.equal(tensors[embedding], tensors[head]):
-        raise ValueError(f"tie_word_embeddings is true but {head} differs from {embedding}")
-    return [head]
+    if not tied:
+        return embedding, head, []
+    if embedding in tensors and head in tensors:
+        if not torch.equal(tensors[embedding], tensors[head]):
+            raise ValueError(f"tie_word_embeddings is true but {head} differs from {embedding}")
+        return embedding, embedding, [head]
+    stored = head if head in tensors else embedding
+    return stored, stored, []
 
 
 def write_companions(
@@ -758,11 +851,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.source.is_dir():
             raise ValueError(f"{options.source} is not a folder")
-        if options.command == "official":
-            dtype = DTYPES.get(options.dtype)
-            convert_official(options.source, options.destination, dtype, options.max_shard_size)
-        else:
-            with new_folder(options.destination) as folder:
+        with new_folder(options.destination) as folder:
+            if options.command == "official":
+                convert_official(options.source, folder, DTYPES.get(options.dtype), options.max_shard_size)
+            else:
                 convert_tokenizer(options.source, options.template).save_pretrained(folder)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

@@ -26,12 +26,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     on_gpu = torch.cuda.is_available()
-    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
-    model = AutoModel.from_pretrained(
-        options.model, torch_dtype=torch.bfloat16 if on_gpu else torch.float32, trust_remote_code=True
-    )
-    model.eval().to("cuda" if on_gpu else "cpu")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
+        model = AutoModel.from_pretrained(options.model, torch_dtype=dtype, trust_remote_code=True)
+        model.eval().to("cuda" if on_gpu else "cpu")
         model.chat(
             tokenizer,
             options.image or None,
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             generation_config={"max_new_tokens": options.max_new_tokens},
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -9,11 +9,11 @@ Inside a scale, patches keep their merge groups together: row-major over merged 
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -33,20 +33,29 @@ def load_image(image: Any) -> Image.Image:
         ValueError: not an image, an unreadable file, or an array of another kind.
     """
     if isinstance(image, str | os.PathLike):
-        path = os.fspath(image)
-        try:
-            with Image.open(path) as file:
-                return ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read an image from {path!r}: {error}") from error
+        return _read(os.fspath(image), lambda path: Image.open(path))
     if isinstance(image, Image.Image):
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _read(image, lambda image: image)
     if hasattr(image, "__array__"):
-        return _image_from_array(np.asarray(image))
+        return _image_from_array(image)
     raise ValueError(f"expected a PIL image, a path or an array, got {type(image).__name__}")
 
 
-def _image_from_array(array: np.ndarray) -> Image.Image:
+def _read(source: Any, open_image: Callable[[Any], Image.Image]) -> Image.Image:
+    try:  # PIL reads a file's pixels no sooner than here, also of an image that was opened elsewhere
+        image = ImageOps.exif_transpose(open_image(source)).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read an image from {source!r}: {error}") from error
+    if 0 in image.size:
+        raise ValueError(f"an image must have at least one pixel, got {image.width} x {image.height}")
+    return image
+
+
+def _image_from_array(image: Any) -> Image.Image:
+    try:
+        array = np.asarray(image)
+    except (TypeError, RuntimeError) as error:  # a tensor of a kind that NumPy has not, or on another device
+        raise ValueError(f"cannot read an image from a {type(image).__name__}: {error}") from error
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[-1] == 1:
@@ -84,12 +93,12 @@ def fit_to_budget(height: int, width: int, min_pixels: float, max_pixels: float)
 
 
 def plan_scales(
-    height: int, width: int, cell: int, patch: int, min_pixels: int, max_pixels: int, tau: float | None
+    height: int, width: int, cell: int, min_pixels: int, max_pixels: int, tau: float | None
 ) -> list[tuple[int, int]]:
     """Sizes (height, width) in pixels, before padding, to which an image is resized; smallest first.
 
     Args:
-        cell, patch: side of a merged cell and of a patch, in pixels.
+        cell: side of a merged cell, in pixels.
         tau: side ratio of consecutive scales; `None` plans the largest scale only.
     """
     sizes: list[tuple[int, int]] = []
@@ -162,6 +171,10 @@ class NaViLImageProcessor(BaseImageProcessor):
 
     @staticmethod
     def _check_settings(min_pixels: int, max_pixels: int, tau: float) -> None:
+        if not all(isinstance(value, int | float) for value in (min_pixels, max_pixels, tau)):
+            raise ValueError(
+                f"pixel budgets and scale_downsample_ratio are numbers, got {[min_pixels, max_pixels, tau]}"
+            )
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels, got {min_pixels} and {max_pixels}")
         if not 0 < tau < 1:
@@ -199,9 +212,7 @@ class NaViLImageProcessor(BaseImageProcessor):
         scales, grids, num_scales = [], [], []
         cell = self.patch_size * self.merge_size
         for image in map(load_image, images):
-            sizes = plan_scales(
-                image.height, image.width, cell, self.patch_size, min_pixels, max_pixels, tau if multi_scale else None
-            )
+            sizes = plan_scales(image.height, image.width, cell, min_pixels, max_pixels, tau if multi_scale else None)
             num_scales.append(len(sizes))
             for height, width in sizes:
                 patches, grid = self._scale_to_patches(image, height, width)

@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
+from transformers.utils import can_return_tuple, is_flash_attn_2_available
 
 from .configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 from .image_processing_navil import NaViLImageProcessor
@@ -40,8 +40,6 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
-
-logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
 
@@ -380,8 +378,9 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         patches = pixel_values.flatten(1)
         if patches.shape[1] != patch_dim:
             raise ValueError(f"pixel_values has {patches.shape[1]} numbers per patch, expected {patch_dim}")
-        if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3:
-            raise ValueError(f"image_grid_thw must be (scales, 3), got {tuple(image_grid_thw.shape)}")
+        if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3 or image_grid_thw.is_floating_point():
+            kind = f"{tuple(image_grid_thw.shape)} {image_grid_thw.dtype}"
+            raise ValueError(f"image_grid_thw must be (scales, 3) whole numbers, at least one scale; got {kind}")
         grids = image_grid_thw.tolist()
         for grid in grids:
             if min(grid) < 1 or grid[1] % merge or grid[2] % merge:
@@ -455,10 +454,14 @@ class CausalMask:
     """Additive mask over past keys and padding, built when the first layer knows how many keys the cache holds.
 
     Args:
-        attention_mask: (B, keys) 1 for tokens and 0 for padding, or a ready-made (B, 1, L, keys) mask, or None.
+        attention_mask: (B, keys) 1 for tokens and 0 for padding; or a ready-made (B, 1, L, keys) mask, bool (True is
+            seen) or additive; or None.
         cache_position: (L,) place of each query among the keys.
         past_length: keys in the cache, or None when only the device knows (static caches).
         implementation: the attention implementation that reads the mask, in every layer.
+
+    Raises:
+        ValueError: a mask of another shape or kind.
     """
 
     def __init__(
@@ -469,6 +472,13 @@ class CausalMask:
         implementation: str,
         dtype: torch.dtype,
     ):
+        if attention_mask is not None and (
+            attention_mask.ndim not in (2, 4)
+            or attention_mask.ndim == 4
+            and not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point())
+        ):
+            kind = f"{tuple(attention_mask.shape)} {attention_mask.dtype}"
+            raise ValueError(f"attention_mask must be (B, keys), or (B, 1, L, keys) bool or additive; got {kind}")
         self.attention_mask = attention_mask
         self.cache_position = cache_position
         self.past_length = past_length
@@ -794,8 +804,8 @@ class NaViLForCausalLM(NaViLPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            if logits.shape[1] != labels.shape[1]:
-                raise ValueError(f"labels cover {labels.shape[1]} positions but logits {logits.shape[1]}")
+            if logits.shape[:2] != labels.shape:
+                raise ValueError(f"labels are {tuple(labels.shape)} but logits cover {tuple(logits.shape[:2])}")
             loss = next_token_loss(logits, labels, loss_weight, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -816,7 +826,8 @@ def next_token_loss(
         labels: (B, L) ids, -100 where nothing is to be learned.
         loss_weight: (B, L) weight of each label. The loss is then sum(w * ce) / sum(w) over all shifted positions; an
             ignored label adds 0 to the first sum and its weight to the second.
-        num_items: labels in the whole accumulated batch, over which the sum is divided instead of this batch's own.
+        num_items: labels in the whole accumulated batch, over which the sum is divided instead of this batch's own;
+            without effect on a weighted loss.
     """
     logits, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
     if loss_weight is not None:
@@ -936,7 +947,8 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             num_scales: (images,) how many of the scales belong to each image.
             visual_token_mask: (B, L) bool tokens for the visual experts; needed only with `inputs_embeds` that hold
                 visual tokens already.
-            labels: (B, L) ids or -100. A position that holds `<IMG_CONTEXT>` learns nothing, whatever comes next.
+            labels: (B, L) ids or -100. A position that holds `<IMG_CONTEXT>` learns nothing, whatever comes next; with
+                `Trainer`, which counts labels itself, such labels should be -100 already.
             loss_weight: (B, L) weights of the labels, see `next_token_loss`; they alone decide then what counts.
 
         Raises:
@@ -952,7 +964,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
                 )
             visual_token_mask = self.get_visual_token_mask(input_ids)
             inputs_embeds = self._embed(input_ids, inputs_embeds, self.get_image_features(pixel_values, image_grid_thw))
-        elif inputs_embeds is None:
+        elif inputs_embeds is None and input_ids is not None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if labels is not None and loss_weight is None and pixel_values is not None:
             predicts_nothing = F.pad(input_ids[:, :-1] == self.config.image_token_id, (1, 0)).to(labels.device)
@@ -992,10 +1004,19 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, visual_token_mask: Tensor | None = None, **kwargs
     ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        num_new, num_cached = tokens.shape[1], input_ids.shape[1] - tokens.shape[1]
         if visual_token_mask is not None:
-            tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            inputs["visual_token_mask"] = visual_token_mask[:, -tokens.shape[1] :]
+            # Without a cache the sequence grows past the prompt's mask: generated tokens are text.
+            grown = F.pad(visual_token_mask, (0, max(0, input_ids.shape[1] - visual_token_mask.shape[1])))
+            inputs["visual_token_mask"] = grown[:, -num_new:]
+        if inputs.get("pixel_values") is not None and num_cached > 0 and not self._has_slots(tokens):
+            for name in VISUAL_INPUTS:  # the cache that came with the prompt holds its images already
+                inputs.pop(name, None)
         return inputs
+
+    def _has_slots(self, input_ids: Tensor) -> bool:
+        return bool((input_ids == self.config.image_token_id).any())
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -1063,10 +1084,10 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
 
         Args:
             tokenizer: a `NaViLTokenizer`.
-            pixel_values: None; an image (PIL, path or array) or a list of them; the image processor's output; or
-                patches (N, 3*p*p) or (N, 3, p, p) with `num_patches_list`.
+            pixel_values: None; an image (PIL, path or array) or a list of them, which may be empty; the image
+                processor's output; or patches (N, 3*p*p) or (N, 3, p, p) with `num_patches_list`.
             question: may say where the images go by `<image>`; else they go in front of a first question.
-            generation_config: settings for `generate`; the default is greedy, up to 1024 new tokens.
+            generation_config: settings for `generate`; the default is greedy, up to 1024 new tokens, one answer.
             history: earlier (question, answer) turns; `<image>` in their questions takes the first images.
             return_history: return (answer, history with this turn) instead of the answer.
             num_patches_list: (S, 3) grids of patches given as a tensor, `image_grid_thw` of the image processor.
@@ -1076,8 +1097,8 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             streamer: receives tokens as they are generated, as in `generate`.
 
         Raises:
-            ValueError: an empty question, control tokens in the text, another number of `<image>` than of images, or
-                image inputs that do not fit together.
+            ValueError: an empty question, a history that is not pairs of texts, special tokens in the text, another
+                number of `<image>` than of images, or image inputs that do not fit together.
         """
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"question must be a text that is not empty, got {question!r}")
@@ -1087,27 +1108,44 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             self.init_special_token_ids(tokenizer)
         images = self._image_inputs(pixel_values, num_patches_list, num_scales)
         history = list(history or [])
+        for turn in history:
+            if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+                raise ValueError(f"history must be (question, answer) pairs of texts, got {turn!r:.80}")
         if not history and IMAGE_PLACEHOLDER not in question:
             question = f"{IMAGE_PLACEHOLDER}\n" * len(images.get("num_scales", ())) + question
 
         input_ids = self._encode_chat(tokenizer, [*history, (question, None)], images)
-        settings = generation_config
-        if isinstance(settings, GenerationConfig):
-            settings = settings.to_diff_dict()
-        end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        defaults = {"do_sample": False, "max_new_tokens": 1024, "eos_token_id": end_of_turn}
         output_ids = self.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            streamer=streamer,
             **images,
-            **{"pad_token_id": tokenizer.pad_token_id, **defaults, **(settings or {})},
+            **self._chat_settings(tokenizer, generation_config, streamer),
         )
         answer_ids = output_ids[0, input_ids.shape[1] :]
         answer = tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
         if verbose:
             sys.stdout.write(f"{question}\n{answer}\n")
         return (answer, [*history, (question, answer)]) if return_history else answer
+
+    def _chat_settings(
+        self, tokenizer: Any, generation_config: dict[str, Any] | GenerationConfig | None, streamer: Any
+    ) -> dict[str, Any]:
+        """Arguments of `generate`: chat's defaults, the caller's settings, and what chat itself relies on."""
+        if isinstance(generation_config, GenerationConfig):
+            generation_config = generation_config.to_diff_dict()
+        settings = {
+            "do_sample": False,
+            "eos_token_id": tokenizer.convert_tokens_to_ids(END_OF_TURN),
+            "pad_token_id": tokenizer.pad_token_id,
+            **(generation_config or {}),
+        }
+        if settings.get("max_new_tokens") is None:  # a max_length counts only where the other limit is off
+            settings["max_new_tokens"] = 1024 if settings.get("max_length") is None else None
+        if settings.get("stop_strings") is not None:
+            settings.setdefault("tokenizer", tokenizer)
+        if streamer is not None:
+            settings["streamer"] = streamer
+        return {**settings, "return_dict_in_generate": False}
 
     def _encode_chat(
         self, tokenizer: Any, turns: Sequence[tuple[str, str | None]], images: dict[str, Tensor]
@@ -1128,24 +1166,49 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
 
     def _image_inputs(self, pixel_values: Any, grids: Any, num_scales: Any) -> dict[str, Tensor]:
         """Every form of image input that `chat` takes -> `pixel_values`, `image_grid_thw` and `num_scales`."""
-        if pixel_values is None:
+        if pixel_values is None or isinstance(pixel_values, list | tuple) and not pixel_values:
             if grids is not None or num_scales is not None:
                 raise ValueError("num_patches_list and num_scales need pixel_values")
             return {}
         if hasattr(pixel_values, "keys"):  # the image processor's output
+            missing = [name for name in ("pixel_values", "image_grid_thw") if name not in pixel_values]
+            if missing:
+                raise ValueError(f"the image processor's output lacks {', '.join(missing)}")
             grids = pixel_values["image_grid_thw"] if grids is None else grids
             num_scales = pixel_values.get("num_scales") if num_scales is None else num_scales
             pixel_values = pixel_values["pixel_values"]
         elif grids is None:
-            shape = tuple(getattr(pixel_values, "shape", ()))
-            if num_scales is not None or len(shape) == 4 or shape[1:] == (self.config.vision_config.patch_dim,):
+            if num_scales is not None or self._are_patches(pixel_values):
                 raise ValueError("patches and num_scales need num_patches_list, the image processor's image_grid_thw")
             images = self.image_processor(pixel_values, multi_scale=True, return_tensors="pt")
             return {name: tensor.to(self.device) for name, tensor in images.items()}
-        grids = torch.as_tensor(grids)
-        num_scales = torch.ones(len(grids), dtype=torch.long) if num_scales is None else torch.as_tensor(num_scales)
-        images = {"pixel_values": torch.as_tensor(pixel_values), "image_grid_thw": grids, "num_scales": num_scales}
+        images = self._packed_inputs(pixel_values, grids, num_scales)
         return {name: tensor.to(self.device) for name, tensor in images.items()}
+
+    def _are_patches(self, pixel_values: Any) -> bool:
+        """Whether an array or tensor can only be patches: floating point and of their shape."""
+        shape = tuple(getattr(pixel_values, "shape", ()))
+        vision = self.config.vision_config
+        is_float = "float" in str(getattr(pixel_values, "dtype", ""))
+        return is_float and shape[1:] in ((vision.patch_dim,), (3, vision.patch_size, vision.patch_size))
+
+    @staticmethod
+    def _packed_inputs(pixel_values: Any, grids: Any, num_scales: Any) -> dict[str, Tensor]:
+        """Patches and their grids as tensors; without `num_scales`, every grid is an image of its own."""
+        try:
+            patches, grids = torch.as_tensor(pixel_values), torch.as_tensor(grids)
+            num_scales = torch.ones(len(grids), dtype=torch.long) if num_scales is None else torch.as_tensor(num_scales)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"patches, num_patches_list and num_scales must be tensors or numbers: {error}") from error
+        if grids.ndim != 2 or grids.shape[1:] != (3,) or not len(grids) or grids.is_floating_point():
+            raise ValueError(
+                f"num_patches_list must be (scales, 3) whole numbers, got {tuple(grids.shape)} {grids.dtype}"
+            )
+        if num_scales.ndim != 1 or num_scales.is_floating_point() or (num_scales < 1).any():
+            raise ValueError(f"num_scales must be one whole number of at least 1 per image, got {num_scales.tolist()}")
+        if patches.ndim not in (2, 4):
+            raise ValueError(f"patches must be (N, 3*p*p) or (N, 3, p, p), got {tuple(patches.shape)}")
+        return {"pixel_values": patches, "image_grid_thw": grids, "num_scales": num_scales}
 
 
 NaViLForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -5,7 +5,7 @@ messages -> chat template -> prompt with one `<image>` per image
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -25,6 +25,8 @@ SLOT_TOKENS = ("<img>", "<IMG_CONTEXT>", "<IMG_LINE_BREAK>", "<IMG_FRAME_BREAK>"
 CONTROL_TOKENS = (*SLOT_TOKENS, "<|im_start|>", END_OF_TURN)
 """Tokens that give a conversation its structure and so may not come from a message's text."""
 
+ROLES = ("system", "user", "assistant", "tool")
+
 DEFAULT_SYSTEM_MESSAGE = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
@@ -33,12 +35,13 @@ DEFAULT_SYSTEM_MESSAGE = (
 ASSISTANT_PREFIXES = {"internlm2-chat": "", "Hermes-2": "", "qwen3-chat": "<think>\n\n</think>\n\n"}
 
 
-def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE) -> str:
+def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE, begins_with_bos: bool = False) -> str:
     """The Jinja chat template of a released template name.
 
     Args:
         template: `internlm2-chat`, `Hermes-2` or `qwen3-chat`.
         system_message: said when a conversation does not begin with a system message; may be empty.
+        begins_with_bos: whether the tokenizer puts its bos token in front of a text; the template then does.
 
     Raises:
         ValueError: an unknown template name.
@@ -47,14 +50,13 @@ def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE) -
         raise ValueError(f"template must be one of {sorted(ASSISTANT_PREFIXES)}, got {template!r}")
     prefix = _jinja_string(ASSISTANT_PREFIXES[template])
     return (
-        "{%- macro text(content) -%}"
+        ("{{- bos_token -}}" if begins_with_bos else "") + "{%- macro text(content) -%}"
         "{%- if content is string -%}{{- content -}}"
         "{%- else -%}{%- for part in content -%}"
         f"{{%- if part.type == 'image' -%}}{{{{- {_jinja_string(IMAGE_PLACEHOLDER)} + '\\n' -}}}}"
         "{%- else -%}{{- part.text -}}{%- endif -%}"
         "{%- endfor -%}{%- endif -%}"
         "{%- endmacro -%}"
-        "{%- if bos_token -%}{{- bos_token -}}{%- endif -%}"
         "{%- if not messages or messages[0].role != 'system' -%}"
         f"{{{{- '<|im_start|>system\\n' + {_jinja_string(system_message)} + '<|im_end|>' -}}}}"
         "{%- endif -%}"
@@ -150,8 +152,6 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
     ):
         kwargs.setdefault("padding_side", "left")
         kwargs.setdefault("clean_up_tokenization_spaces", False)
-        if kwargs.get("chat_template") is None:
-            kwargs["chat_template"] = chat_template(template, system_message)
         super().__init__(
             *args,
             template=template,
@@ -160,6 +160,9 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
             **kwargs,
         )
         self.spaces_between_special_tokens = spaces_between_special_tokens
+        if self.chat_template is None:
+            begins_with_bos = self.bos_token is not None and self("")["input_ids"][:1] == [self.bos_token_id]
+            self.chat_template = chat_template(template, system_message, begins_with_bos)
         vocabulary = self.get_vocab()
         missing = [token for token in (*IMAGE_TOKENS, END_OF_TURN) if token not in vocabulary]
         if missing:
@@ -168,14 +171,19 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
     def apply_chat_template(
         self, conversation: Any, *args: Any, allow_control_tokens: bool = False, **kwargs: Any
     ) -> Any:
-        """As in transformers; a message's text may not contain a control token unless `allow_control_tokens`.
+        """As in transformers; a message's text may not contain a special token unless `allow_control_tokens`.
+
+        The marks of a grounded answer (`<ref>`, `<box>`, `<quad>` and their ends) are content and always allowed.
 
         Raises:
-            ValueError: a control token typed in a message, which would forge a turn or an image slot.
+            ValueError: no message, an unknown role or kind of content, or a special token typed in a message, which
+                would forge a turn or an image slot.
         """
-        if not allow_control_tokens:
-            for text in _message_texts(conversation):
-                reject_tokens(text, (*CONTROL_TOKENS, *filter(None, [self.bos_token])))
+        marks = set(IMAGE_TOKENS) - set(SLOT_TOKENS)
+        reserved = [token for token in {*CONTROL_TOKENS, *self.all_special_tokens} if token not in marks]
+        for text in _message_texts(conversation):
+            if not allow_control_tokens:
+                reject_tokens(text, sorted(reserved))
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def _decode(
@@ -213,15 +221,34 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         return text
 
 
-def _message_texts(conversation: Any) -> Iterable[str]:
+def _message_texts(conversation: Any) -> Iterator[str]:
     """Every text in a conversation or a batch of conversations."""
-    for entry in conversation:
-        if not isinstance(entry, dict):
-            yield from _message_texts(entry)
-        elif isinstance(entry.get("content"), str):
-            yield entry["content"]
-        else:
-            yield from (part["text"] for part in entry.get("content") or [] if isinstance(part.get("text"), str))
+    if not conversation:
+        raise ValueError("expected at least one message, got none")
+    for message in conversation:
+        if not isinstance(message, dict):
+            yield from _message_texts(message)
+            continue
+        if message.get("role") not in ROLES:
+            raise ValueError(f"a message's role must be one of {ROLES}, got {message.get('role')!r}")
+        for part in content_parts(message):
+            if part["type"] == "text":
+                yield part["text"]
+
+
+def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """A message's content as a list of `{"type": "text", "text": ...}` and `{"type": "image", ...}`.
+
+    Raises:
+        ValueError: content of another kind.
+    """
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for part in parts if isinstance(parts, list | tuple) else [parts]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not (kind == "image" or kind == "text" and isinstance(part.get("text"), str)):
+            raise ValueError(f"content is a text or a list of text and image parts; got {part!r:.80}")
+    return list(parts)
 
 
 NaViLTokenizer.register_for_auto_class()

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor
 
+from .package import image_processing, modeling, processing, tokenization
 from .tasks import TASKS, Sample, is_correct, make_sample
 
 SIZE_GROUPS = {
@@ -122,6 +122,15 @@ def evaluate(model: Any, processor: Any, count: int, tasks: Sequence[str] = TASK
     return report
 
 
+def load(folder: Path) -> tuple[Any, Any]:
+    """The model of a folder with the repository's own code, on the GPU if there is one, and its processor."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = modeling.NaViLForConditionalGeneration.from_pretrained(folder).eval().to(device)
+    tokenizer = tokenization.NaViLTokenizer.from_pretrained(folder)
+    image_processor = image_processing.NaViLImageProcessor.from_pretrained(folder)
+    return model, processing.NaViLProcessor(image_processor, tokenizer)
+
+
 def as_markdown(report: dict[str, Any]) -> str:
     columns = ["questions", "score", "majority", "blind", "one scale", *SIZE_GROUPS]
     lines = ["| task | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -148,10 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModel.from_pretrained(options.model, trust_remote_code=True).eval().to(device)
-    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
-    report = evaluate(model, processor, options.count, options.task or TASKS)
+    report = evaluate(*load(options.model), options.count, options.task or TASKS)
     table = as_markdown(report)
     print(table)
     if options.output:

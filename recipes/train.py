@@ -222,18 +222,19 @@ def run_stage(
         dials=dials,
         callbacks=[Progress(dials, folder, deadline)],
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step < steps:
-        return False
-    finish(trainer, processor, dials, folder)
-    return True
+    steps_done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    if steps_done < steps:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        steps_done = trainer.state.global_step
+    if steps_done >= steps:
+        finish(trainer, dials, folder)
+    return steps_done >= steps
 
 
-def finish(trainer: Trainer, processor: Any, dials: Dials, folder: Path) -> None:
+def finish(trainer: Trainer, dials: Dials, folder: Path) -> None:
     """Writes `final` under another name first, so that it is whole whenever it is there."""
     building = folder / "building"
     trainer.save_model(str(building))
-    processor.save_pretrained(building)
     dials.save(building)
     shutil.rmtree(folder / "final", ignore_errors=True)
     building.rename(folder / "final")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, recorded_image
+from PIL import Image
 from transformers import GenerationConfig, TextStreamer
 
 SHORT = {"max_new_tokens": 6, "do_sample": False}
@@ -23,8 +24,9 @@ def chat(recording):
 
 def test_three_arguments_are_enough(recording, monkeypatch):
     monkeypatch.setattr(recording.model.generation_config, "max_new_tokens", 4)
-    answers = recording.model.chat(recording.tokenizer, recorded_image(40, 40, 0), "Hi.")
-    assert isinstance(answers, str)
+    image = recorded_image(40, 40, 0)
+    answer = recording.model.chat(recording.tokenizer, image, "Hi.")
+    assert answer == recording.model.chat(recording.tokenizer, image, "Hi.", {**SHORT, "max_new_tokens": 1024})
 
 
 def test_every_form_of_an_image_gives_the_same_answer(recording, chat, tmp_path):
@@ -87,6 +89,11 @@ def test_history_with_images_and_untouched_arguments(chat):
     assert longer[0] is history[0]
 
 
+def test_no_image_may_be_an_empty_list_and_a_wide_gray_picture_is_no_patch(chat):
+    assert chat([]) == chat(None)
+    assert isinstance(chat(np.zeros((50, 768), np.uint8)), str)
+
+
 def test_several_images_go_in_front_of_a_first_question(chat):
     images = [recorded_image(90, 60, 0), recorded_image(60, 90, 1)]
     answer, history = chat(images, "Same?", return_history=True)
@@ -103,6 +110,17 @@ def test_generation_config_object_and_eos(recording, chat):
     assert stopped == recording.tokenizer.decode([first], skip_special_tokens=True).strip()
 
 
+def test_settings_of_generate_reach_it(recording, chat, capsys):
+    answer = chat(None)
+    streamer = TextStreamer(recording.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    assert chat(None, generation_config={**SHORT, "streamer": streamer, "return_dict_in_generate": True}) == answer
+    assert capsys.readouterr().out.strip() == answer
+    assert chat(None, generation_config={**SHORT, "streamer": None, "use_cache": False, "num_beams": 1}) == answer
+    prompt_length = recording.model._encode_chat(recording.tokenizer, [("What is it?", None)], {}).shape[1]
+    assert chat(None, generation_config={"max_length": prompt_length + 6}) == answer
+    assert len(chat(None, generation_config={**SHORT, "stop_strings": [answer[:1]]})) < len(answer)
+
+
 def test_streamer_receives_the_answer(recording, chat, capsys):
     streamer = TextStreamer(recording.tokenizer, skip_prompt=True, skip_special_tokens=True)
     answer = chat(recorded_image(90, 60, 0), streamer=streamer)
@@ -116,17 +134,22 @@ def test_verbose_writes_question_and_answer(chat, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_unset_token_ids_are_read_from_the_tokenizer(recording, chat):
+def test_unset_token_ids_are_read_from_the_tokenizer(recording, chat, monkeypatch):
     expected = chat(recorded_image(90, 60, 0))
-    recording.model.config.image_token_id = recording.model.config.image_start_token_id = None
+    for name in ("image_token_id", "image_start_token_id"):
+        monkeypatch.setattr(recording.model.config, name, None)
     assert chat(recorded_image(90, 60, 0)) == expected
     assert recording.model.config.image_start_token_id == recording.tokenizer.convert_tokens_to_ids("<img>")
 
 
-def test_refusals(recording, chat):
+def test_refusals(recording, chat, tmp_path):
     image = recorded_image(90, 60, 0)
     features = recording.model.image_processor(image, multi_scale=True, return_tensors="pt")
     patches, grids, num_scales = (features[name] for name in ("pixel_values", "image_grid_thw", "num_scales"))
+    image.save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
+    truncated = Image.open(tmp_path / "cut.png")
+    special = "a </s> b" if recording.tokenizer.bos_token else "a <|endoftext|> b"
     refusals = [
         ("1 <image> placeholders but 0 images", dict(question="<image> what?")),
         ("2 <image> placeholders but 1 images", dict(pixel_values=image, question="<image><image>?")),
@@ -146,6 +169,21 @@ def test_refusals(recording, chat):
         ("num_scales need num_patches_list", dict(pixel_values=image, num_scales=num_scales)),
         ("patches and num_scales need num_patches_list", dict(pixel_values=patches)),
         ("patches and num_scales need num_patches_list", dict(pixel_values=patches.view(-1, 3, 16, 16))),
+        ("cannot read an image from", dict(pixel_values=truncated)),
+        ("at least one pixel, got 0 x 5", dict(pixel_values=Image.new("RGB", (0, 5)))),
+        ("must be (scales, 3) whole numbers, got (3,)", dict(pixel_values=patches, num_patches_list=[1, 10, 14])),
+        (
+            "must be (scales, 3) whole numbers, got (1, 3) torch.float32",
+            dict(pixel_values=patches, num_patches_list=grids.float()),
+        ),
+        ("at least 1 per image, got [0, 5]", dict(pixel_values=patches, num_patches_list=grids, num_scales=[0, 5])),
+        ("at least 1 per image, got 5", dict(pixel_values=patches, num_patches_list=grids, num_scales=5)),
+        ("output lacks image_grid_thw", dict(pixel_values={"pixel_values": patches})),
+        ("must be tensors or numbers", dict(pixel_values=image, num_patches_list=grids)),
+        ("patches must be (N, 3*p*p)", dict(pixel_values=patches[0], num_patches_list=grids)),
+        ("history must be (question, answer) pairs", dict(history=[{"role": "user", "content": "a"}])),
+        ("history must be (question, answer) pairs", dict(history=[("a", None)])),
+        ("contains </s>" if recording.tokenizer.bos_token else "contains <|endoftext|>", dict(question=special)),
         ("anyres_image_size must be True", dict(anyres_image_size=False)),
     ]
     for message, arguments in refusals:

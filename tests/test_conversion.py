@@ -66,7 +66,7 @@ def test_official_layout_becomes_the_preset(size, backbone):
     budget = ("min_dynamic_patch", "max_dynamic_patch", "scale_downsample_ratio")
     assert all(recorded[name] == getattr(preset, name) for name in budget)
 
-    rules = converter.official_rules(preset, backbone, range(12), source_tied=False, visual_bias=False)
+    rules = converter.official_rules(preset, backbone, range(12), *converter.EMBEDDING_NAMES[backbone])
     shapes = {name: tuple(shape) for name, shape in layout["tensors"].items()}
     converter.check_sources(rules, shapes)
     modeling = converter.navil_module("modeling_navil", "NaViLForConditionalGeneration")
@@ -89,14 +89,19 @@ def test_root_config_is_navil_2b():
 
 # -- variants without a recording --------------------------------------------------------------------------------------
 
+BIASED = {"bias": True, "attention_bias": True}
 VARIANTS = {
     "mha": {"llm_config": {"num_key_value_heads": 4}},
     "gqa-4-to-1": {"llm_config": {"num_key_value_heads": 1}},
     "layer-norm": {"vision_config": {"norm_type": "layer_norm", "qkv_bias": True}},
     "no-qkv-bias": {"vision_config": {"qkv_bias": False}},
-    "all-biases": {"llm_config": {"bias": True, "attention_bias": True}, "visual_bias": True},
-    "text-biases": {"llm_config": {"bias": True, "attention_bias": True}, "visual_bias": False},
+    "all-biases": {"llm_config": BIASED},
+    "text-biases-only": {"llm_config": BIASED, "without": ("_ve.bias",)},
+    "no-output-biases": {"llm_config": BIASED, "without": ("wo.bias", "wo_ve.bias", "o_proj.bias", "o_proj_ve.bias")},
+    "no-visual-output-bias": {"llm_config": BIASED, "without": ("wo_ve.bias", "o_proj_ve.bias")},
+    "visual-output-bias-only": {"llm_config": BIASED, "without": ("wo.bias", "o_proj.bias")},
     "tied": {"llm_config": {"tie_word_embeddings": True}},
+    "tied-under-the-name-of-the-head": {"llm_config": {"tie_word_embeddings": True}, "tied_name": "head"},
     "windows-everywhere": {"vision_config": {"fullatt_block_indexes": [], "window_size": 4}},
     "one-full-block": {"vision_config": {"fullatt_block_indexes": [2], "window_size": 8}},
     "tau-half": {"scale_downsample_ratio": 0.5},
@@ -105,24 +110,52 @@ VARIANTS = {
 }
 
 
+def released_shapes(folder: Path, config: dict) -> dict[str, list[int]]:
+    """Names and shapes of a released checkpoint with this config, written out from the recorded one's."""
+    vision, llm = config["vision_config"], config["llm_config"]
+    layers = {name: list(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
+    head_dim = llm.get("head_dim") or llm["hidden_size"] // llm["num_attention_heads"]
+    query_dim, key_dim = llm["num_attention_heads"] * head_dim, llm["num_key_value_heads"] * head_dim
+    rows = {"wqkv": query_dim + 2 * key_dim, "q_proj": query_dim, "k_proj": key_dim, "v_proj": key_dim}
+    for name in list(layers):
+        module, kind = name.split(".")[-2:]
+        if module.removesuffix("_ve") in rows:
+            layers[name][0] = rows[module.removesuffix("_ve")]
+        if name.startswith("language_model.") and ("embed" in name or "output" in name or "lm_head" in name):
+            layers[name][0] = llm["vocab_size"]
+        if module == "qkv":
+            layers.pop(name) if kind == "bias" else None
+            if vision["qkv_bias"]:
+                layers[name.replace("weight", "bias")] = layers[name.replace("bias", "weight")][:1]
+        if module in ("norm1", "norm2") and vision["norm_type"] == "layer_norm":
+            layers[name.replace("weight", "bias")] = layers[name]
+        is_attention = ".attention." in name or "self_attn" in name and "norm" not in module
+        if is_attention and llm.get("bias" if llm["model_type"] == "internlm2" else "attention_bias"):
+            layers[name.replace("weight", "bias")] = layers[name][:1]
+    return layers
+
+
 def write_variant(folder: Path, backbone: str, variant: dict) -> dict[str, torch.Tensor]:
     """A released checkpoint with random weights and the variant's settings; returns its tensors."""
     shutil.copytree(FIXTURES / backbone, folder, ignore=shutil.ignore_patterns("cases*", "*.safetensors"))
     config = json.loads((folder / "config.json").read_text())
     variant = copy.deepcopy(variant)
-    visual_bias = variant.pop("visual_bias", False)
+    without, tied_name = variant.pop("without", ()), variant.pop("tied_name", "embedding")
     for name, value in variant.items():
         config[name].update(value) if isinstance(value, dict) else config.update({name: value})
     (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = converter.convert_tokenizer(folder, config["template"])
-    tied = config["llm_config"]["tie_word_embeddings"]
-    target = converter.convert_config(config, tokenizer, tied=False)
-    rules = converter.official_rules(target, backbone, range(12), tied, visual_bias)
+    shapes = released_shapes(FIXTURES / backbone, config)
+    embedding, head = converter.EMBEDDING_NAMES[backbone]
+    if config["llm_config"]["tie_word_embeddings"]:
+        del shapes[head if tied_name == "embedding" else embedding]
     tensors = {}
-    for name, shape in sorted({name: shape for rule in rules for name, shape in rule.sources.items()}.items()):
-        is_scale = len(shape) == 1 and not name.endswith("bias")
-        tensors[name] = torch.randn(shape) * 0.1 + (1.0 if is_scale else 0.0)
+    for name, shape in shapes.items():
+        if not (name.startswith("language_model") and name.endswith(without)):
+            is_scale = len(shape) == 1 and not name.endswith("bias")
+            tensors[name] = torch.randn(shape) * 0.1 + (1.0 if is_scale else 0.0)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if tied_name == "head":
+        tensors[embedding] = tensors[head]
     return tensors
 
 
@@ -227,6 +260,7 @@ def test_existing_destination_is_refused(source, tmp_path, capsys):
 TENSOR_CHANGES = {
     "lacks 1 tensors: mlp1.3.bias": lambda tensors: tensors.pop("mlp1.3.bias"),
     "has 1 unknown tensors: extra.weight": lambda tensors: tensors.update({"extra.weight": torch.zeros(2)}),
+    "mlp1.3.bias is torch.int8": lambda tensors: tensors.update({"mlp1.3.bias": torch.zeros(64, dtype=torch.int8)}),
     "mlp1.3.bias is (63,), not (64,)": lambda tensors: tensors.update({"mlp1.3.bias": torch.zeros(63)}),
 }
 
@@ -244,6 +278,8 @@ def test_every_tensor_is_accounted_for(source, tmp_path, capsys, message):
         ("vision_config", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("vision_config", {"hidden_size": None}, "lacks hidden_size"),
         ("llm_config", {"model_type": "gpt2"}, "model_type='gpt2'"),
+        ("llm_config", {"model_type": None}, "lacks model_type"),
+        ("llm_config", {"rope_scaling": "dynamic"}, "'dynamic'"),
         ("llm_config", {"rope_theta": None}, "lacks rope_theta"),
         ("llm_config", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("llm_config", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
@@ -251,6 +287,9 @@ def test_every_tensor_is_accounted_for(source, tmp_path, capsys, message):
         (None, {"model_type": "llava"}, "model_type='llava'"),
         (None, {"template": "unheard-of"}, "unheard-of"),
         (None, {"downsample_ratio": 0.3}, "0.3"),
+        (None, {"downsample_ratio": "0.5"}, "'0.5'"),
+        (None, {"vision_config": [1]}, "[1]"),
+        (None, {"pad2square": True}, "pad2square=True"),
         (None, {"select_layer": -2}, "select_layer=-2"),
         (None, {"llm_config": None}, "lacks llm_config"),
     ],
@@ -271,7 +310,12 @@ def test_unreadable_sources_are_refused(source, tmp_path, capsys):
     index = {"weight_map": {"mlp1.0.bias": "../model.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "names '../model.safetensors'" in error_of(capsys, source, out)
+    (source / "model.safetensors.index.json").write_text("{}")
+    assert "has no weight_map" in error_of(capsys, source, out)
     (source / "model.safetensors.index.json").unlink()
+    assert "the name of" in error_of(capsys, source, tmp_path / "v1.0")
+    (source / "tokenizer.json").write_text("{")
+    assert "tokenizer.json: " in error_of(capsys, source, out)
     (source / "tokenizer.json").unlink()
     assert "neither tokenizer.model, tokenizer.json" in error_of(capsys, source, out)
     (source / "config.json").write_text("{")

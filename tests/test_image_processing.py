@@ -75,7 +75,7 @@ def test_call_settings_override_the_constructor():
 @pytest.mark.parametrize("tau", [0.9, 0.7071, 0.5])
 @pytest.mark.parametrize("size", [(64, 64), (1024, 300), (999, 2001)])
 def test_scales_shrink_strictly(size, tau):
-    sizes = plan_scales(*size, cell=32, patch=16, min_pixels=4096, max_pixels=262144, tau=tau)
+    sizes = plan_scales(*size, cell=32, min_pixels=4096, max_pixels=262144, tau=tau)
     cells = [-(-height // 32) * -(-width // 32) for height, width in sizes]
     assert cells == sorted(set(cells))
 

@@ -1,5 +1,6 @@
 """The model against peers, and its paths against each other."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -353,6 +354,26 @@ def test_beams_and_several_sequences_keep_their_images():
         assert torch.equal(together[2 * row : 2 * row + 2, -single.shape[1] :], single)
 
 
+def test_a_prompt_goes_on_from_its_cache():
+    model = build()
+    ids, images = prompt(35, 6), image_inputs((10, 14), (4, 6))
+    whole = model.generate(ids, **images, max_new_tokens=8)
+    first = model.generate(ids, **images, max_new_tokens=4, return_dict_in_generate=True)
+    for options in (images, {}):
+        past = copy.deepcopy(first.past_key_values)
+        assert torch.equal(model.generate(first.sequences, **options, past_key_values=past, max_new_tokens=4), whole)
+
+
+def test_visual_token_mask_without_a_cache():
+    model = build()
+    embeds, mask = torch.randn(1, 12, 64), torch.rand(1, 12) < 0.5
+    settings = {"inputs_embeds": embeds, "visual_token_mask": mask, "attention_mask": torch.ones_like(mask).long()}
+    ids = torch.randint(20, 200, (1, 12))
+    cached = model.generate(ids, visual_token_mask=mask, max_new_tokens=4)
+    assert torch.equal(model.generate(ids, visual_token_mask=mask, max_new_tokens=4, use_cache=False), cached)
+    assert model.generate(**settings, max_new_tokens=4).shape == (1, 4)
+
+
 def test_pixels_are_encoded_once_per_generation():
     model = build()
     calls = []
@@ -380,13 +401,15 @@ def test_hidden_states_are_in_sequence_order():
     assert torch.equal(outputs.hidden_states[0], embeds)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     model = build().train()
     ids, images = prompt(6), image_inputs((4, 6))
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
         model.zero_grad()
         model(ids, **images, labels=ids).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
@@ -457,7 +480,7 @@ def test_bad_inputs_are_refused_with_both_numbers():
         model(prompt(6), pixel_values=images["pixel_values"], image_grid_thw=torch.tensor([[1, 4, 4]]))
     with refused(r"positive multiples of 2, got \[1, 3, 8\]"):
         model(prompt(6), pixel_values=images["pixel_values"], image_grid_thw=torch.tensor([[1, 3, 8]]))
-    with refused(r"\(scales, 3\), got \(3,\)"):
+    with refused(r"\(scales, 3\) whole numbers, at least one scale; got \(3,\)"):
         model(prompt(6), pixel_values=images["pixel_values"], image_grid_thw=torch.tensor([1, 4, 6]))
     with refused("700 numbers per patch, expected 768"):
         model(prompt(6), pixel_values=torch.zeros(24, 700), image_grid_thw=images["image_grid_thw"])
@@ -469,7 +492,11 @@ def test_bad_inputs_are_refused_with_both_numbers():
         model.language_model()
     with refused(r"visual_token_mask is \(1, 3\) but the tokens are \(1, 4\)"):
         model.language_model(torch.ones(1, 4, dtype=torch.long), visual_token_mask=torch.ones(1, 3, dtype=torch.bool))
-    with refused("labels cover 20 positions but logits 1"):
+    with refused(r"attention_mask must be .* got \(1, 20, 20\)"):
+        model(torch.ones(1, 20, dtype=torch.long), attention_mask=torch.ones(1, 20, 20))
+    with refused("exactly one of input_ids and inputs_embeds"):
+        model()
+    with refused(r"labels are \(1, 20\) but logits cover \(1, 1\)"):
         ids = torch.ones(1, 20, dtype=torch.long)
         model(ids, labels=ids, logits_to_keep=1)
     model.config.image_token_id = None
@@ -484,14 +511,18 @@ def test_configs_refuse_sizes_that_do_not_fit():
         ({"norm_type": "batch_norm"}, "batch_norm"),
         ({"visual_token_order": "random"}, "random"),
         ({"fullatt_block_indexes": [0, 3]}, r"\[3\] lie outside the 3 blocks"),
-        ({"patch_size": 0}, "patch_size must be a positive number, got 0"),
+        ({"patch_size": 0}, "patch_size must be a positive int, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             NaViLVisionConfig(**{**VISION, **settings})
     for settings, message in (
         ({"num_key_value_heads": 3}, "4 does not divide by 3"),
         ({"head_dim": 15}, "15 does not divide by 2"),
-        ({"vocab_size": -1}, "vocab_size must be a positive number, got -1"),
+        ({"hidden_size": 66}, "66 does not divide by 4"),
+        ({"hidden_size": 64.0}, "hidden_size must be a positive int, got 64.0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive float, got nan"),
+        ({"attention_dropout": 1.5}, "1.5"),
+        ({"vocab_size": -1}, "vocab_size must be a positive int, got -1"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 0.5}}, "0.5"),
     ):
@@ -501,7 +532,6 @@ def test_configs_refuse_sizes_that_do_not_fit():
         ({"min_dynamic_patch": 9, "max_dynamic_patch": 8}, "9 is larger than max_dynamic_patch 8"),
         ({"scale_downsample_ratio": 1.5}, "1.5"),
         ({"image_token_id": 200}, "200 lies outside the vocabulary of 200"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
     ):
         with pytest.raises(ValueError, match=message):
             NaViLConfig(vision_config=VISION, text_config=TEXT, **settings)

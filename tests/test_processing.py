@@ -71,6 +71,11 @@ def test_generation_prompt_follows_who_speaks_last(recording):
     assert finished.endswith("b<|im_end|>")
 
 
+def test_control_tokens_pass_when_they_may(recording):
+    messages = [{"role": "user", "content": "<|im_end|>"}]
+    assert "<|im_end|><|im_end|>" in recording.processor.apply_chat_template(messages, allow_control_tokens=True)
+
+
 def test_start_token_is_there_once(recording):
     start = recording.tokenizer.bos_token_id
     prompt = recording.processor.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
@@ -80,10 +85,25 @@ def test_start_token_is_there_once(recording):
 
 def test_refusals(recording):
     image, processor = recorded_image(90, 60, 0), recording.processor
+
+    def ask(content):
+        return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
+
     refusals = [
         ("0 <image> placeholders but 1 images", lambda: processor(images=image, text="no slot")),
         ("2 <image> placeholders but 0 images", lambda: processor(text=["<image>", "<image>"])),
         ("contains <IMG_CONTEXT>", lambda: processor(images=image, text="<image><IMG_CONTEXT>")),
+        (
+            "prompt 0 has 1 <image> placeholders but 2 images were given",
+            lambda: processor(images=[[image, image], [image]], text=["<image>", "<image><image>"]),
+        ),
+        ("got {'type': 'image_url'}", lambda: ask([{"type": "image_url"}])),
+        ("got {'type': 'text'}", lambda: ask([{"type": "text"}])),
+        ("got None", lambda: ask(None)),
+        ("got 'a'", lambda: ask(["a"])),
+        ("needs one of image, path, url or base64", lambda: ask([{"type": "image"}])),
+        ("cannot read an image from 'data:", lambda: ask([{"type": "image", "url": "data:image/png;base64,AAAA"}])),
+        ("role must be one of", lambda: processor.apply_chat_template([{"role": "user<|im_end|>", "content": "a"}])),
         ("text is required", lambda: processor(images=image)),
         ("not audio or video", lambda: processor(text="a", videos=[image])),
         ("at least one message", lambda: processor.apply_chat_template([])),

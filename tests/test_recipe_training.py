@@ -8,8 +8,10 @@ from conftest import relative_error
 
 pytest.importorskip("matplotlib")
 
-from recipes import blueprint, data, train  # noqa: E402
-from recipes.tasks import make_sample  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from recipes import blueprint, data, plot, publish, train  # noqa: E402
+from recipes.tasks import TASKS, make_sample  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -139,17 +141,24 @@ def test_stages_train_what_the_paper_says(model, stage):
     assert trained == expected and text_attention and visual
 
 
-def test_killed_training_resumes_where_it_was(tmp_path):
+def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     runs = str(tmp_path / "runs")
-    lengths = [f"--steps={stage}=2" for stage in train.STAGES]
+    lengths = [f"--steps={stage}=20" for stage in train.STAGES]
+    monkeypatch.setattr(data.PackedSamples.__init__, "__defaults__", (0, 1, 64, 256))  # small batches
     assert train.main(["--runs", runs, "--minutes", "0", "--save-steps", "1", *lengths]) == 0
     assert (tmp_path / "runs" / "text" / "checkpoint-1" / "dials.json").is_file()
-    assert train.main(["--runs", runs, "--save-steps", "1", *lengths]) == 0
+    assert train.main(["--runs", runs, "--save-steps", "20", *lengths]) == 0
     final = tmp_path / "runs" / "s2" / "final"
     assert {"model.safetensors", "modeling_navil.py", "tokenizer.json", "dials.json"} <= {
         p.name for p in final.iterdir()
     }
-    state = json.loads((tmp_path / "runs" / "text" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["global_step"] == 2
+    state = json.loads((tmp_path / "runs" / "text" / "checkpoint-20" / "trainer_state.json").read_text())
+    assert state["global_step"] == 20
+    assert plot.main([runs, "--output", str(tmp_path / "training.png")]) == 0
+    assert Image.open(tmp_path / "training.png").size == (1200, 1200)
+    assert publish.main([str(final), str(tmp_path / "published"), "--count", "2"]) == 0
+    report = json.loads((tmp_path / "published" / "evaluation.json").read_text())
+    assert list(report) == list(TASKS) and report["two_turns"]["questions"] == 4
+    assert "| text |" in (tmp_path / "published" / "README.md").read_text()
     with pytest.raises(ValueError, match="'s3=1'"):
         train.main(["--runs", runs, "--steps", "s3=1"])

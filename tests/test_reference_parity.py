@@ -39,12 +39,11 @@ def test_losses(recording, case):
     assert weighted_loss.item() == pytest.approx(tensors["weighted_loss"].item(), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", WITH_IMAGES)
 def test_visual_token_mask(recording, case):
     tensors = recording.tensors(case)
-    if "visual_token_mask" in tensors:
-        mask = recording.model.get_visual_token_mask(tensors["input_ids"])
-        assert torch.equal(mask, tensors["visual_token_mask"].bool())
+    mask = recording.model.get_visual_token_mask(tensors["input_ids"])
+    assert torch.equal(mask, tensors["visual_token_mask"].bool())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import sentencepiece
@@ -127,6 +128,25 @@ def test_settings_survive_saving(tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
     assert again.chat_template == tokenizer.chat_template == chat_template("qwen3-chat", "Hi.")
     assert again.spaces_between_special_tokens and again.init_kwargs["system_message"] == "Hi."
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_template_begins_as_the_tokenizer_does(tmp_path, add_bos):
+    for name in ("tokenizer.model", "added_tokens.json"):
+        shutil.copy(FIXTURES / "tokenizer_internlm2" / name, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add_bos}))
+    tokenizer = converter.convert_tokenizer(tmp_path)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    assert prompt.startswith("<s>" if add_bos else "<|im_start|>")
+    assert (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id) == add_bos
+    assert tokenizer.pad_token == tokenizer.eos_token == "</s>"  # named by the SentencePiece model itself
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_eos_token": True}))
+    with pytest.raises(ValueError, match="add_eos_token=True"):
+        converter.convert_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "tokenizer.model").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="cannot read .*tokenizer.model"):
+        converter.convert_tokenizer(tmp_path)
 
 
 def test_missing_image_tokens_are_refused():

@@ -1,0 +1,95 @@
+"""Makes a trained checkpoint the repository's embedded model, with its numbers in its model card.
+
+python -m recipes.publish runs/s2/final tiny
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import evaluate
+from .train import DIALS_FILE
+
+KEPT = (
+    *("config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"),
+    *("processor_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", DIALS_FILE),
+)
+"""Files of a published model; its code is in the repository's root."""
+
+CARD = """\
+---
+license: mit
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- navil
+- custom_code
+---
+
+# A small NaViL
+
+{parameters:.1f} M parameters, trained from nothing by `recipes/` on pictures that it draws itself: text, receipts,
+charts, shapes, boxes, two images, two turns, and arithmetic without a picture. It knows nothing else of the world.
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained(".", subfolder="tiny", trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(".", subfolder="tiny", trust_remote_code=True)
+print(model.chat(tokenizer, "picture.png", "What does the text say?"))
+```
+
+## Held-out results
+
+{count} samples per task at full difficulty; exact match, boxes by IoU of at least 0.5. `majority` always gives the most
+frequent answer, `blind` is this model on blank images of the same sizes, `one scale` is this model without multi-scale
+packing. Command: `python -m recipes.evaluate tiny --count {count}`.
+
+{table}
+Samples seen in the last stages: {samples:,}. How far each task's difficulty dial had opened (1 is the full
+distribution): {dials}.
+"""
+
+
+def publish(checkpoint: Path, destination: Path, count: int) -> None:
+    """Copies the model's files and writes its card.
+
+    Raises:
+        ValueError: the checkpoint lacks a file.
+    """
+    missing = [name for name in KEPT if not (checkpoint / name).is_file()]
+    if missing:
+        raise ValueError(f"{checkpoint} lacks {', '.join(missing)}")
+    destination.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        shutil.copy(checkpoint / name, destination)
+    model, processor = evaluate.load(checkpoint)
+    report = evaluate.evaluate(model, processor, count)
+    (destination / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    state = json.loads((checkpoint / DIALS_FILE).read_text())
+    card = CARD.format(
+        parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        count=count,
+        table=evaluate.as_markdown(report),
+        samples=state["num_samples"],
+        dials=", ".join(f"{task} {difficulty:.2f}" for task, difficulty in state["difficulty"].items()),
+    )
+    (destination / "README.md").write_text(card)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Publish a checkpoint with its held-out results.")
+    parser.add_argument("checkpoint", type=Path, help="folder that recipes.train wrote, a checkpoint or final")
+    parser.add_argument("destination", type=Path, help="folder to write, tiny")
+    parser.add_argument("--count", type=int, default=300, help="held-out samples per task (%(default)s)")
+    options = parser.parse_args(arguments)
+    publish(options.checkpoint, options.destination, options.count)
+    print(f"wrote {options.destination}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
