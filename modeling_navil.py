@@ -81,7 +81,7 @@ def causal_pairs(attention_mask: Tensor | None, cache_position: Tensor, key_leng
     allowed = torch.arange(key_length, device=cache_position.device) <= cache_position[:, None]  # (L, keys)
     if attention_mask is None:
         return allowed[None, None]
-    attention_mask = attention_mask[:, :key_length].to(cache_position.device)
+    attention_mask = attention_mask.to(cache_position.device)
     real = F.pad(attention_mask, (0, key_length - attention_mask.shape[1])).bool()
     return (allowed & real[:, None])[:, None]
 
@@ -427,11 +427,11 @@ class ModalityOrder(NamedTuple):
         if visual_mask is None:
             return cls(batch_shape, batch_shape[0] * batch_shape[1], None, None)
         visual = visual_mask.flatten()
-        text_index = (~visual).nonzero(as_tuple=True)[0]  # the one host sync
-        by_modality = torch.cat([text_index, visual.nonzero(as_tuple=True)[0]])
+        num_text = visual.numel() - int(visual.sum())  # the one host sync
+        by_modality = visual.byte().argsort(stable=True)
         by_sequence = torch.empty_like(by_modality)
         by_sequence[by_modality] = torch.arange(len(by_modality), device=by_modality.device)
-        return cls(batch_shape, len(text_index), by_modality, by_sequence)
+        return cls(batch_shape, num_text, by_modality, by_sequence)
 
     def split(self, x: Tensor) -> Tensor:
         """(B, L, ...) in sequence order -> (T, ...) sorted by modality."""
@@ -472,13 +472,14 @@ class CausalMask:
         implementation: str,
         dtype: torch.dtype,
     ):
-        if attention_mask is not None and (
-            attention_mask.ndim not in (2, 4)
-            or attention_mask.ndim == 4
-            and not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point())
-        ):
-            kind = f"{tuple(attention_mask.shape)} {attention_mask.dtype}"
-            raise ValueError(f"attention_mask must be (B, keys), or (B, 1, L, keys) bool or additive; got {kind}")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            is_mask = attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+            if attention_mask.ndim != 4 or not is_mask:
+                kind = f"{tuple(attention_mask.shape)} {attention_mask.dtype}"
+                raise ValueError(f"attention_mask must be (B, keys), or (B, 1, L, keys) bool or additive; got {kind}")
+        num_keys = len(cache_position) + (past_length or 0)
+        if attention_mask is not None and attention_mask.shape[-1] < num_keys:
+            raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} keys but there are at least {num_keys}")
         self.attention_mask = attention_mask
         self.cache_position = cache_position
         self.past_length = past_length
@@ -497,20 +498,21 @@ class CausalMask:
         if mask is not None and mask.ndim == 4:
             mask = mask[..., :key_length]
             return additive_mask(mask, self.dtype) if mask.dtype == torch.bool else mask
+        num_keys = None if self.past_length is None else self.past_length + len(self.cache_position)
+        if mask is not None and num_keys == key_length and mask.shape[1] != num_keys:
+            raise ValueError(
+                f"attention_mask covers {mask.shape[1]} keys but there are {num_keys}, cached ones included"
+            )
         has_padding = mask is not None and (torch.compiler.is_compiling() or not bool(mask.all()))
         if self.implementation == "flash_attention_2":
             return mask if has_padding else None
-        if self.implementation != "eager" and not has_padding and self._kernel_is_causal(key_length):
+        # Without a mask a kernel is causal where the queries are all keys, or where one query sees every key.
+        num_queries = len(self.cache_position)
+        holds_no_more = self.past_length is not None and self.past_length + num_queries == key_length
+        needs_no_mask = holds_no_more and num_queries in (1, key_length)
+        if self.implementation != "eager" and not has_padding and needs_no_mask:
             return None
         return additive_mask(causal_pairs(mask, self.cache_position, key_length), self.dtype)
-
-    def _kernel_is_causal(self, key_length: int) -> bool:
-        """Whether the queries are all keys, or one query that sees every key: what a kernel does without a mask."""
-        num_queries = len(self.cache_position)
-        known_length = self.attention_mask.shape[1] if self.attention_mask is not None else None
-        if known_length is None and self.past_length is not None:
-            known_length = self.past_length + num_queries
-        return known_length == key_length and num_queries in (1, key_length)
 
 
 def decoder_attention_eager(
@@ -689,10 +691,6 @@ class NaViLTextModel(NaViLPreTrainedModel):
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         if cache_position is None:
             cache_position = torch.arange(batch_shape[1], device=inputs_embeds.device) + past_length
-        if position_ids is None:
-            position_ids = default_position_ids(attention_mask, cache_position)
-        rotary = self._rotary(position_ids, inputs_embeds.dtype)
-        order = ModalityOrder.build(batch_shape, visual_token_mask)
         causal_mask = CausalMask(
             attention_mask,
             cache_position,
@@ -700,6 +698,10 @@ class NaViLTextModel(NaViLPreTrainedModel):
             "eager" if output_attentions else self.config._attn_implementation,  # kernels keep no weights
             inputs_embeds.dtype,
         )
+        if position_ids is None:
+            position_ids = default_position_ids(attention_mask, cache_position)
+        rotary = self._rotary(position_ids, inputs_embeds.dtype)
+        order = ModalityOrder.build(batch_shape, visual_token_mask)
 
         x = order.split(inputs_embeds)  # (T, D)
         hidden_states, attentions = [], []

@@ -494,6 +494,10 @@ def test_bad_inputs_are_refused_with_both_numbers():
         model.language_model(torch.ones(1, 4, dtype=torch.long), visual_token_mask=torch.ones(1, 3, dtype=torch.bool))
     with refused(r"attention_mask must be .* got \(1, 20, 20\)"):
         model(torch.ones(1, 20, dtype=torch.long), attention_mask=torch.ones(1, 20, 20))
+    with refused("covers 3 keys but there are at least 20"):
+        model(torch.ones(1, 20, dtype=torch.long), attention_mask=torch.ones(1, 3))
+    with refused("covers 30 keys but there are 20"):
+        model(torch.ones(1, 20, dtype=torch.long), attention_mask=torch.ones(1, 30))
     with refused("exactly one of input_ids and inputs_embeds"):
         model()
     with refused(r"labels are \(1, 20\) but logits cover \(1, 1\)"):
