@@ -498,11 +498,8 @@ class CausalMask:
         if mask is not None and mask.ndim == 4:
             mask = mask[..., :key_length]
             return additive_mask(mask, self.dtype) if mask.dtype == torch.bool else mask
-        num_keys = None if self.past_length is None else self.past_length + len(self.cache_position)
-        if mask is not None and num_keys == key_length and mask.shape[1] != num_keys:
-            raise ValueError(
-                f"attention_mask covers {mask.shape[1]} keys but there are {num_keys}, cached ones included"
-            )
+        if mask is not None and mask.shape[1] > key_length:
+            raise ValueError(f"attention_mask covers {mask.shape[1]} keys but there are {key_length}")
         has_padding = mask is not None and (torch.compiler.is_compiling() or not bool(mask.all()))
         if self.implementation == "flash_attention_2":
             return mask if has_padding else None
