@@ -49,9 +49,13 @@ frequent answer, `blind` is this model on blank images of the same sizes, `one s
 packing. Command: `python -m recipes.evaluate tiny --count {count}`.
 
 {table}
-Samples seen in the last stages: {samples:,}. How far each task's difficulty dial had opened (1 is the full
-distribution): {dials}.
-"""
+## At the difficulty that training had reached
+
+{samples:,} samples after the text stage. How far each task's difficulty dial had opened (1 is the full distribution):
+{dials}. The same table at these difficulties, by
+`python -m recipes.evaluate tiny --count {count} --dials tiny/dials.json`:
+
+{table_at_dials}"""
 
 
 def publish(checkpoint: Path, destination: Path, count: int) -> None:
@@ -67,13 +71,17 @@ def publish(checkpoint: Path, destination: Path, count: int) -> None:
     for name in KEPT:
         shutil.copy(checkpoint / name, destination)
     model, processor = evaluate.load(checkpoint)
-    report = evaluate.evaluate(model, processor, count)
-    (destination / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
     state = json.loads((checkpoint / DIALS_FILE).read_text())
+    report = {
+        "full": evaluate.evaluate(model, processor, count),
+        "at dials": evaluate.evaluate(model, processor, count, difficulty=state["difficulty"]),
+    }
+    (destination / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
     card = CARD.format(
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         count=count,
-        table=evaluate.as_markdown(report),
+        table=evaluate.as_markdown(report["full"]),
+        table_at_dials=evaluate.as_markdown(report["at dials"]),
         samples=state["num_samples"],
         dials=", ".join(f"{task} {difficulty:.2f}" for task, difficulty in state["difficulty"].items()),
     )

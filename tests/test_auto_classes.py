@@ -137,8 +137,11 @@ def test_python_of_the_readme_runs(recording, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("photo.jpg", "a.jpg", "b.jpg"):
         recorded_image(60, 40, 1).save(name)
+    (tmp_path / "examples").mkdir()
+    recorded_image(60, 40, 1).save("examples/text.png")
     script = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
     assert '"weights/navil-2b"' in script and ".cuda()" in script
+    script = script.replace('".", subfolder="tiny"', f'"{ROOT}", subfolder="tiny"')
     script = (
         script.replace("weights/navil-2b", str(recording.folder)).replace(".cuda()", "").replace("bfloat16", "float32")
     )

@@ -158,7 +158,8 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "training.png").size == (1200, 1200)
     assert publish.main([str(final), str(tmp_path / "published"), "--count", "2"]) == 0
     report = json.loads((tmp_path / "published" / "evaluation.json").read_text())
-    assert list(report) == list(TASKS) and report["two_turns"]["questions"] == 4
+    assert list(report["full"]) == list(report["at dials"]) == list(TASKS)
+    assert report["full"]["two_turns"]["questions"] == 4
     assert "| text |" in (tmp_path / "published" / "README.md").read_text()
     with pytest.raises(ValueError, match="'s3=1'"):
         train.main(["--runs", runs, "--steps", "s3=1"])
