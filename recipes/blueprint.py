@@ -102,3 +102,11 @@ def build_processor(tokenizer, config):
         scale_downsample_ratio=config.scale_downsample_ratio,
     )
     return processing.NaViLProcessor(image_processor, tokenizer)
+
+
+def load(folder):
+    """Model and processor of a folder, with this repository's code: a published folder has none of its own."""
+    model = modeling.NaViLForConditionalGeneration.from_pretrained(folder)
+    tokenizer = tokenization.NaViLTokenizer.from_pretrained(folder)
+    image_processor = image_processing.NaViLImageProcessor.from_pretrained(folder)
+    return model, processing.NaViLProcessor(image_processor, tokenizer)

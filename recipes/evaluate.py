@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .package import image_processing, modeling, processing, tokenization
+from .blueprint import load
 from .tasks import TASKS, Sample, is_correct, make_sample
 
 SIZE_GROUPS = {
@@ -110,10 +110,11 @@ def evaluate(
     tasks: Sequence[str] = TASKS,
     difficulty: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Table rows by task: `score`, `majority`, `blind`, `one scale`, and sizes apart.
+    """Table rows by task: `score`, `majority`, `blind`, `one scale`, and sizes apart; on the GPU if there is one.
 
     `difficulty` makes tasks easier than the full distribution, for a model that is still in training.
     """
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     report: dict[str, Any] = {}
     for task in tasks:
         samples = held_out(task, count, difficulty.get(task, 1.0))
@@ -130,15 +131,6 @@ def evaluate(
                 row[group] = accuracy(inside)
         report[task] = row
     return report
-
-
-def load(folder: Path) -> tuple[Any, Any]:
-    """The model of a folder with the repository's own code, on the GPU if there is one, and its processor."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = modeling.NaViLForConditionalGeneration.from_pretrained(folder).eval().to(device)
-    tokenizer = tokenization.NaViLTokenizer.from_pretrained(folder)
-    image_processor = image_processing.NaViLImageProcessor.from_pretrained(folder)
-    return model, processing.NaViLProcessor(image_processor, tokenizer)
 
 
 def as_markdown(report: dict[str, Any]) -> str:
@@ -169,7 +161,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     difficulty = json.loads(options.dials.read_text())["difficulty"] if options.dials else {}
-    report = evaluate(*load(options.model), options.count, options.task or TASKS, difficulty)
+    model, processor = load(options.model)
+    report = evaluate(model, processor, options.count, options.task or TASKS, difficulty)
     table = as_markdown(report)
     print(table)
     if options.output:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import evaluate
+from .blueprint import load
 from .train import DIALS_FILE
 
 KEPT = (
@@ -70,7 +71,7 @@ def publish(checkpoint: Path, destination: Path, count: int) -> None:
     destination.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copy(checkpoint / name, destination)
-    model, processor = evaluate.load(checkpoint)
+    model, processor = load(checkpoint)
     state = json.loads((checkpoint / DIALS_FILE).read_text())
     report = {
         "full": evaluate.evaluate(model, processor, count),

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
-from .blueprint import build_model, build_processor, build_tokenizer, question_words
+from .blueprint import build_model, build_processor, build_tokenizer, load, question_words
 from .data import ALL_TASKS, IGNORE_INDEX, TEXT_PRETRAINING, PackedSamples
 
 DIALS_FILE = "dials.json"
@@ -207,8 +207,7 @@ def run_stage(
     dials = Dials()
     if checkpoint or keep_dials:
         dials.load(source)
-    model = AutoModel.from_pretrained(source, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+    model, processor = load(source)
     if name == "s1.1" and checkpoint is None and not keep_dials:
         copy_text_experts(model)
     for parameter_name, parameter in model.named_parameters():

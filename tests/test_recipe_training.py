@@ -161,5 +161,9 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     assert list(report["full"]) == list(report["at dials"]) == list(TASKS)
     assert report["full"]["two_turns"]["questions"] == 4
     assert "| text |" in (tmp_path / "published" / "README.md").read_text()
+    more = ["--runs", str(tmp_path / "more"), "--init", str(tmp_path / "published"), "--steps", "s2=2"]
+    assert train.main(more) == 0  # training goes on from what was published
+    dials = json.loads((tmp_path / "more" / "s2" / "final" / "dials.json").read_text())
+    assert dials["num_samples"] > json.loads((tmp_path / "published" / "dials.json").read_text())["num_samples"]
     with pytest.raises(ValueError, match="'s3=1'"):
         train.main(["--runs", runs, "--steps", "s3=1"])
