@@ -91,7 +91,8 @@ def test_history_with_images_and_untouched_arguments(chat):
 
 def test_no_image_may_be_an_empty_list_and_a_wide_gray_picture_is_no_patch(chat):
     assert chat([]) == chat(None)
-    assert isinstance(chat(np.zeros((50, 768), np.uint8)), str)
+    gray = np.full((50, 768), 90, np.uint8)
+    assert chat(gray) == chat(Image.fromarray(gray))
 
 
 def test_several_images_go_in_front_of_a_first_question(chat):

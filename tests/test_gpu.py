@@ -27,8 +27,11 @@ def test_bfloat16_logits_agree_with_the_recording(recording, on_cuda, case):
 
 
 def test_chat_on_cuda(recording, on_cuda):
-    answer = on_cuda.chat(recording.tokenizer, recorded_image(200, 130, 0), "What is it?", {"max_new_tokens": 8})
-    assert isinstance(answer, str)
+    image, settings = recorded_image(200, 130, 0), {"max_new_tokens": 8}
+    features = on_cuda.image_processor(image, multi_scale=True, return_tensors="pt")
+    answer = on_cuda.chat(recording.tokenizer, image, "What is it?", settings)
+    assert answer == on_cuda.chat(recording.tokenizer, features, "What is it?", settings)
+    assert next(on_cuda.parameters()).is_cuda
 
 
 @pytest.mark.parametrize("lengths", [[64] * 5, [16, 16, 256, 100, 4]])
