@@ -78,7 +78,7 @@ def build_config(tokenizer):
             "tie_word_embeddings": True,
         },
         min_dynamic_patch=64,
-        max_dynamic_patch=4096,
+        max_dynamic_patch=1024,
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_start_token_id=tokenizer.convert_tokens_to_ids("<img>"),
         eos_token_id=tokenizer.eos_token_id,

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from .package import tokenization
-from .tasks import TASKS, Sample, make_sample, make_text_sample
+from .tasks import DESCRIBE, TASKS, Sample, make_sample, make_text_sample
 
 IGNORE_INDEX = -100
 TEXT_PRETRAINING = "pretrain_text"
-ALL_TASKS = (*TASKS, TEXT_PRETRAINING)
+ALL_TASKS = (*TASKS, DESCRIBE, TEXT_PRETRAINING)
 """Every kind of sample; a task's place in it is its index in batches and dials."""
 
 ANSWER_START = "<|im_start|>assistant\n"
@@ -35,6 +35,7 @@ class Encoded:
     """One sample, ready for packing."""
 
     task: int
+    num_answers: int
     input_ids: list[int]
     labels: list[int]
     images: dict[str, Tensor] = field(default_factory=dict)
@@ -75,7 +76,7 @@ def encode(sample: Sample, processor: Any) -> Encoded:
         for index, (left, right) in enumerate(offsets):
             if start <= left and right <= stop:
                 labels[index] = input_ids[index]
-    return Encoded(ALL_TASKS.index(sample.task), input_ids, labels, images)
+    return Encoded(ALL_TASKS.index(sample.task), len(sample.turns), input_ids, labels, images)
 
 
 def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
@@ -84,7 +85,7 @@ def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
     Returns:
         `input_ids`, `labels`, `position_ids` (B, L); `attention_mask` (B, 1, L, L) bool, block-diagonal and causal;
         the images' inputs if there are any; `sample_index` (B, L), the sample that each token belongs to or -1;
-        `task_index` (samples,).
+        `task_index` (answers,), the task of each stretch of labels.
     """
     length = max(sum(len(sample.input_ids) for sample in row) for row in rows)
     shape = (len(rows), length)
@@ -107,7 +108,7 @@ def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
             start += len(sample.input_ids)
     same_sample = batch["sample_index"][:, :, None] == batch["sample_index"][:, None]
     batch["attention_mask"] = (same_sample & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
-    batch["task_index"] = torch.tensor([sample.task for sample in samples])
+    batch["task_index"] = torch.tensor([sample.task for sample in samples for _ in range(sample.num_answers)])
     with_images = [sample.images for sample in samples if sample.images]
     if with_images:
         for name in ("pixel_values", "image_grid_thw", "num_scales"):
@@ -133,8 +134,8 @@ class PackedSamples(IterableDataset):
         weights: Tensor,
         difficulty: Tensor,
         first_seed: int = 0,
-        rows: int = 4,
-        row_length: int = 512,
+        rows: int = 8,
+        row_length: int = 256,
         max_patches: int = 4096,
     ):
         self.processor = processor

@@ -52,8 +52,9 @@ packing. Command: `python -m recipes.evaluate tiny --count {count}`.
 {table}
 ## At the difficulty that training had reached
 
-{samples:,} samples after the text stage. How far each task's difficulty dial had opened (1 is the full distribution):
-{dials}. The same table at these difficulties, by
+{answers:,} answers given in training after the text stage. How far each task's difficulty dial had opened (1 is the
+full distribution): {dials}.
+The same table at these difficulties, by
 `python -m recipes.evaluate tiny --count {count} --dials tiny/dials.json`:
 
 {table_at_dials}"""
@@ -83,7 +84,7 @@ def publish(checkpoint: Path, destination: Path, count: int) -> None:
         count=count,
         table=evaluate.as_markdown(report["full"]),
         table_at_dials=evaluate.as_markdown(report["at dials"]),
-        samples=state["num_samples"],
+        answers=state["num_answers"],
         dials=", ".join(f"{task} {difficulty:.2f}" for task, difficulty in state["difficulty"].items()),
     )
     (destination / "README.md").write_text(card)

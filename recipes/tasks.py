@@ -3,6 +3,9 @@
 A sample is made in three steps: its content (a string, a receipt, a chart, a scene), a question about the content, and
 the picture (`drawing.py`). The text-only stage asks the same questions about the content in words. `level` in [0, 1]
 is the difficulty of one sample, as in `drawing.py`.
+
+To see a picture costs far more than to answer a question about it. In training a picture therefore gets several
+questions where it has several answers, and one more task, `describe`, asks for everything that a picture shows.
 """
 
 import hashlib
@@ -21,6 +24,7 @@ from .drawing import Chart, Shape, first_part, lerp, ramp, weighted
 Content = TypeVar("Content")
 
 SPLITS = ("train", "heldout")
+MOST_QUESTIONS = 4  # about a training picture
 EASIER_SHARE = 0.2  # of training samples: drawn below the difficulty asked for, so that easy ones are not forgotten
 MATPLOTLIB_SHARE = 0.2  # of training charts, at level 1
 READ_OFF_TOLERANCE = 2  # of a chart's values, where they are not written on top
@@ -183,6 +187,10 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "{sum} =",
         "What is the result of {sum}?",
     ),
+    "describe.lines": ("Read all lines.", "What do the lines say?", "Transcribe every line."),
+    "describe.receipt": ("Read the receipt.", "What is on the receipt?", "Transcribe the receipt."),
+    "describe.chart": ("List the values.", "What are the values?", "Read the chart."),
+    "describe.scene": ("List the shapes.", "What shapes are there?", "Which shapes can you see?"),
     "pretrain_text.copy": ("Repeat: {text}", "Copy: {text}", "Say: {text}", "Write: {text}", "Repeat this: {text}"),
 }
 
@@ -262,6 +270,10 @@ def with_article(noun: str) -> str:
 
 def money(cents: int) -> str:
     return f"{cents // 100}.{cents % 100:02d}"
+
+
+def _priced(receipt: Receipt) -> list[str]:
+    return [f"{name} {money(cents)}" for name, cents in receipt.items.items()]
 
 
 def ask_receipt(rng: random.Random, receipt: Receipt) -> Turn:
@@ -511,52 +523,56 @@ def _draw_fitting(
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
-def _text(rng: random.Random, level: float) -> tuple[list[Image.Image], list[Turn]]:
+Pictures = list[Image.Image]
+
+
+def _text(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
     text, image = _draw_fitting(rng, level, make_text, draw_text)
     return [image], [Turn("text.read", text)]
 
 
-def _receipt(rng: random.Random, level: float) -> tuple[list[Image.Image], list[Turn]]:
+def _receipt(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
     receipt, image = _draw_fitting(rng, level, make_receipt, draw_receipt)
-    return [image], [ask_receipt(rng, receipt)]
+    return [image], _questions(rng, split, lambda: ask_receipt(rng, receipt))
 
 
-def _chart(rng: random.Random, level: float) -> tuple[list[Image.Image], list[Turn]]:
+def _chart(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
+    chart, image = _drawn_chart(rng, level, split)
+    return [image], _questions(rng, split, lambda: ask_chart(rng, chart, read_off=True))
+
+
+def _drawn_chart(rng: random.Random, level: float, split: str) -> tuple[Chart, Image.Image]:
+    """Held-out charts are by matplotlib itself; its imitation is only for speed."""
     share = MATPLOTLIB_SHARE * ramp(level, 0.4, 1.0)
-    draw = drawing.draw_chart_with_matplotlib if rng.random() < share else drawing.draw_chart
-    return _drawn_chart(rng, level, draw)
-
-
-def _heldout_chart(rng: random.Random, level: float) -> tuple[list[Image.Image], list[Turn]]:
-    """By matplotlib itself, always: the imitation is only for speed."""
-    return _drawn_chart(rng, level, drawing.draw_chart_with_matplotlib)
-
-
-def _drawn_chart(
-    rng: random.Random, level: float, draw: Callable[..., Image.Image]
-) -> tuple[list[Image.Image], list[Turn]]:
+    by_matplotlib = split == "heldout" or rng.random() < share
     chart = make_chart(rng, level)
     size = drawing.canvas_size(rng, level, easiest_side=96, smallest_side=96)
     if size[1] < READ_OFF_HEIGHT:
         chart = replace(chart, annotated=True)
-    return [draw(rng, level, size, chart)], [ask_chart(rng, chart, read_off=True)]
+    draw = drawing.draw_chart_with_matplotlib if by_matplotlib else drawing.draw_chart
+    return chart, draw(rng, level, size, chart)
 
 
-def _scene(rng: random.Random, level: float) -> tuple[list[Image.Image], list[Turn]]:
+def _scene(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
+    scene, image = _drawn_scene(rng, level)
+    return [image], _questions(rng, split, lambda: ask_scene(rng, level, scene))
+
+
+def _drawn_scene(rng: random.Random, level: float) -> tuple[Scene, Image.Image]:
     canvas = _empty_canvas(rng, level)
     scene = canvas.make_scene(rng, level)
-    return [canvas.draw(rng, level, scene)], [ask_scene(rng, level, scene)]
+    return scene, canvas.draw(rng, level, scene)
 
 
-def _grounding(rng: random.Random, level: float) -> tuple[list[Image.Image], list[Turn]]:
+def _grounding(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
     canvas = _empty_canvas(rng, level)
     scene = canvas.make_scene(rng, level)
     while not unique_shapes(scene):
         scene = canvas.make_scene(rng, level)
-    return [canvas.draw(rng, level, scene)], [ask_grounding(rng, scene)]
+    return [canvas.draw(rng, level, scene)], _questions(rng, split, lambda: ask_grounding(rng, scene))
 
 
-def _two_images(rng: random.Random, level: float) -> tuple[list[Image.Image], list[Turn]]:
+def _two_images(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
     canvases = [_empty_canvas(rng, level) for _ in range(2)]
     scenes, turn = _comparable_scenes(rng, level, [canvas.make_scene for canvas in canvases])
     return [canvas.draw(rng, level, scene) for canvas, scene in zip(canvases, scenes, strict=True)], [turn]
@@ -575,13 +591,19 @@ def _comparable_scenes(
             return scenes, turn
 
 
-def _two_turns(rng: random.Random, level: float) -> tuple[list[Image.Image], list[Turn]]:
+def _two_turns(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
     if rng.random() < 0.5:
         receipt, image = _draw_fitting(rng, level, make_receipt, draw_receipt)
         return [image], _two_questions(lambda: ask_receipt(rng, receipt))
-    canvas = _empty_canvas(rng, level)
-    scene = canvas.make_scene(rng, level)
-    return [canvas.draw(rng, level, scene)], _two_questions(lambda: ask_scene(rng, level, scene))
+    scene, image = _drawn_scene(rng, level)
+    return [image], _two_questions(lambda: ask_scene(rng, level, scene))
+
+
+def _questions(rng: random.Random, split: str, ask: Callable[[], Turn]) -> list[Turn]:
+    """One question about a held-out picture, up to MOST_QUESTIONS different ones about a training picture."""
+    draws = 1 if split == "heldout" else rng.randint(1, MOST_QUESTIONS)
+    turns = [ask() for _ in range(draws)]
+    return list({(turn.kind, *turn.fields.items()): turn for turn in turns}.values())
 
 
 def _two_questions(ask: Callable[[], Turn]) -> list[Turn]:
@@ -591,8 +613,40 @@ def _two_questions(ask: Callable[[], Turn]) -> list[Turn]:
     return [first, second]
 
 
-def _text_only(rng: random.Random, level: float) -> tuple[list[Image.Image], list[Turn]]:
+def _text_only(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
     return [], [ask_arithmetic(rng, level)]
+
+
+def _describe(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
+    kind = weighted(rng, {"lines": 2.0, "receipt": 1.0, "chart": 0.7, "scene": 1.0})
+    if kind == "lines":
+        parts, image = _draw_fitting(rng, level, _make_lines, _draw_lines)
+    elif kind == "receipt":
+        receipt, image = _draw_fitting(rng, level, make_receipt, draw_receipt)
+        parts = [*_priced(receipt), f"TOTAL {money(receipt.total)}"]
+    elif kind == "chart":
+        chart, image = _drawn_chart(rng, level, split)
+        parts = [f"{label}={value}" for label, value in chart.values.items()]
+    else:
+        scene, image = _drawn_scene(rng, level)
+        from_left = sorted(scene.shapes, key=lambda shape: shape.box[0] + shape.box[2])
+        parts = [shape.name for shape in from_left]
+    return [image], [Turn(f"describe.{kind}", "\n".join(parts))]
+
+
+def _make_lines(rng: random.Random, level: float) -> list[str]:
+    return [make_text(rng, level) for _ in range(rng.randint(2, round(lerp(2, 5, ramp(level, 0.02, 0.4)))))]
+
+
+def _draw_lines(rng: random.Random, level: float, lines: list[str]) -> Image.Image | None:
+    size = drawing.canvas_size(rng, level, easiest_side=64)
+    font = drawing.pick_font(rng, level)
+    highest = min(lerp(28, 56, ramp(level, 0.1, 0.8)), drawing.largest_font_size(lines, font, 0, size))
+    lowest = lerp(22, 14, ramp(level, 0.1, 0.8))
+    if highest < lowest:
+        return None
+    lettering = drawing.Lettering(font, round(drawing.log_uniform(rng, lowest, highest)))
+    return drawing.draw_lines(rng, level, lines, lettering, size, in_columns=False)
 
 
 _MAKERS = {
@@ -606,6 +660,10 @@ _MAKERS = {
     "text_only": _text_only,
 }
 TASKS = tuple(_MAKERS)
+"""What the model is for, and is scored on."""
+DESCRIBE = "describe"
+"""A task for training alone."""
+_MAKERS[DESCRIBE] = _describe
 
 
 # -------------------------------------------------------------------------------------------------- described pictures
@@ -627,9 +685,8 @@ def _describe_text(rng: random.Random, level: float) -> tuple[str, list[Turn]]:
 
 def _describe_receipt(rng: random.Random, level: float) -> tuple[str, list[Turn]]:
     receipt = make_receipt(rng, level)
-    lines = [f"{name} {money(cents)}" for name, cents in receipt.items.items()]
     turns = _two_questions(lambda: ask_receipt(rng, receipt))
-    return f"Receipt: {', '.join(lines)}, TOTAL {money(receipt.total)}.", turns
+    return f"Receipt: {', '.join(_priced(receipt))}, TOTAL {money(receipt.total)}.", turns
 
 
 def _describe_chart(rng: random.Random, level: float) -> tuple[str, list[Turn]]:
@@ -673,17 +730,17 @@ _DESCRIBERS = (
 def make_sample(task: str, seed: int, difficulty: float = 1.0, split: str = "train") -> Sample:
     """The sample that belongs to these arguments: the same pixels and text on every call.
 
-    `difficulty` 0 is the easiest version of the task, 1 all of it. A fifth of the training samples are easier than
-    asked for; held-out samples are not. Raises ValueError for an unknown task or split or a difficulty outside [0, 1].
+    `task` is one of TASKS or DESCRIBE. `difficulty` 0 is the easiest version of the task, 1 all of it. A fifth of the
+    training samples are easier than asked for, and most have several questions; held-out samples are not and have one
+    (`two_turns` two). Raises ValueError for an unknown task or split or a difficulty outside [0, 1].
     """
     if task not in _MAKERS:
-        raise ValueError(f"task must be one of {TASKS}, got {task!r}")
+        raise ValueError(f"task must be one of {tuple(_MAKERS)}, got {task!r}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     rng = _seeded(task, split, seed)
     level = _level(rng, difficulty, split)
-    make = _heldout_chart if (task, split) == ("chart", "heldout") else _MAKERS[task]
-    images, turns = make(rng, level)
+    images, turns = _MAKERS[task](rng, level, split)
     return _worded(rng, level, task, images, "<image>\n" * len(images), turns)
 
 

@@ -139,9 +139,11 @@ def test_heldout_charts_are_drawn_by_matplotlib_and_easy_training_charts_are_not
 def test_each_image_has_a_marker_at_the_start_of_the_first_question(task):
     count = {"two_images": 2, "text_only": 0}.get(task, 1)
     for seed in range(10):
-        sample = make_sample(task, seed)
+        sample = make_sample(task, seed, split="heldout")
         assert sample.task == task and len(sample.images) == count
         assert len(sample.turns) == len(sample.accepted) == (2 if task == "two_turns" else 1)
+        sample = make_sample(task, seed)
+        assert len(sample.images) == count and len(sample.turns) == len(sample.accepted)
         assert sample.turns[0][0].startswith("<image>\n" * count)
         assert sum(question.count("<image>") for question, _ in sample.turns) == count
 
@@ -151,6 +153,42 @@ def test_every_question_of_a_task_occurs(task):
     asked = {question_kind(q) for seed in SEEDS for q, _ in make_sample(task, seed, 0.9).turns}
     prefixes = ("scene.", "receipt.") if task == "two_turns" else (f"{task}.",)
     assert asked == {kind for kind in tasks.WORDINGS if kind.startswith(prefixes)}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_pictures_get_several_different_questions_where_they_can(task):
+    samples = [make_sample(task, seed, 0.5) for seed in SEEDS]
+    for sample in samples:
+        assert len({frozenset(re.findall(r"\w+", q)) for q, _ in sample.turns}) == len(sample.turns)
+    most = max(len(sample.turns) for sample in samples)
+    assert most == {"text": 1, "text_only": 1, "two_images": 1, "two_turns": 2}.get(task, most)
+    assert task not in ("receipt", "chart", "scene", "grounding") or 2 < most <= tasks.MOST_QUESTIONS
+
+
+def test_descriptions_tell_what_was_drawn(monkeypatch):
+    drawn = {}
+
+    def record(name):
+        draw = getattr(drawing, name)
+        monkeypatch.setattr(drawing, name, lambda *args, **more: drawn.update({name: args}) or draw(*args, **more))
+
+    for name in ("draw_lines", "draw_chart", "draw_shapes"):
+        record(name)
+    kinds = set()
+    for seed in range(60):
+        drawn.clear()
+        [(question, answer)] = make_sample(tasks.DESCRIBE, seed, 0.3).turns
+        kind = question_kind(question)
+        kinds.add(kind)
+        if kind in ("describe.lines", "describe.receipt"):
+            expected = "\n".join(drawn["draw_lines"][2]).lower().replace("total", "TOTAL")
+            assert answer == expected or kind == "describe.lines" and answer.lower() == expected.lower()
+        elif kind == "describe.chart":
+            assert answer == "\n".join(f"{label}={value}" for label, value in drawn["draw_chart"][3].values.items())
+        else:
+            shapes = sorted(drawn["draw_shapes"][3], key=lambda shape: shape.box[0] + shape.box[2])
+            assert answer == "\n".join(shape.name for shape in shapes)
+    assert kinds == {kind for kind in tasks.WORDINGS if kind.startswith("describe.")}
 
 
 def test_every_wording_and_every_kind_of_text_sample_occurs():

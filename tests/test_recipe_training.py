@@ -81,7 +81,8 @@ def test_packed_samples_do_not_see_each_other(model, processor):
         for index, sample in enumerate(samples):
             alone = model(torch.tensor([sample.input_ids]), **sample.images).logits[0]
             assert relative_error(packed[batch["sample_index"] == index], alone) < 1e-5
-    assert batch["task_index"].tolist() == [sample.task for sample in samples]
+    tasks = [sample.task for sample in samples for _ in range(sample.num_answers)]
+    assert batch["task_index"].tolist() == tasks and len(tasks) > len(samples)
 
 
 def test_stream_fills_batches_within_their_limits(processor):
@@ -109,21 +110,24 @@ def test_dials_open_with_progress_only_and_survive_saving(tmp_path):
     dials.save(tmp_path)
     loaded = train.Dials()
     loaded.load(tmp_path)
-    assert torch.equal(loaded.difficulty, dials.difficulty) and loaded.num_samples == dials.num_samples == 640
+    assert torch.equal(loaded.difficulty, dials.difficulty) and loaded.num_answers == dials.num_answers == 640
     assert loaded.score == dials.score
 
 
-def test_sample_scores(processor):
-    batch = data.pack([drawn(processor, "text_only", "grounding")], processor.tokenizer.pad_token_id)
+def test_answer_scores(processor):
+    samples = [make_sample("two_turns", 0, 0.3), make_sample("grounding", 0, 0.0)]
+    samples = [data.encode(sample, processor) for sample in samples]
+    assert [sample.num_answers for sample in samples] == [2, 1]
+    batch = data.pack([samples], processor.tokenizer.pad_token_id)
     vocabulary = len(processor.tokenizer)
     following = torch.roll(batch["labels"], -1, dims=1).clamp(min=0)
     logits = torch.nn.functional.one_hot(following, vocabulary).float()
-    assert train.sample_scores(logits, batch).tolist() == [1.0, 1.0]
+    assert train.answer_scores(logits, batch).tolist() == [1.0, 1.0, 1.0]
     for index in (0, 1):  # the last label of each sample predicted wrongly
         last = ((batch["labels"] != data.IGNORE_INDEX) & (batch["sample_index"] == index)).nonzero()[-1]
         logits[last[0], last[1] - 1] = 0
-    wrong = train.sample_scores(logits, batch)
-    assert wrong[0] == 0 and 0.9 < wrong[1] < 1
+    wrong = train.answer_scores(logits, batch)
+    assert wrong[:2].tolist() == [1, 0] and 0.9 < wrong[2] < 1
 
 
 @pytest.mark.parametrize("stage", train.STAGES)
@@ -164,6 +168,6 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     more = ["--runs", str(tmp_path / "more"), "--init", str(tmp_path / "published"), "--steps", "s2=2"]
     assert train.main(more) == 0  # training goes on from what was published
     dials = json.loads((tmp_path / "more" / "s2" / "final" / "dials.json").read_text())
-    assert dials["num_samples"] > json.loads((tmp_path / "published" / "dials.json").read_text())["num_samples"]
+    assert dials["num_answers"] > json.loads((tmp_path / "published" / "dials.json").read_text())["num_answers"]
     with pytest.raises(ValueError, match="'s3=1'"):
         train.main(["--runs", runs, "--steps", "s3=1"])
