@@ -10,6 +10,8 @@ Inside a scale, patches keep their merge groups together: row-major over merged 
 import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -211,13 +213,14 @@ class NaViLImageProcessor(BaseImageProcessor):
 
         scales, grids, num_scales = [], [], []
         cell = self.patch_size * self.merge_size
-        for image in map(load_image, images):
-            sizes = plan_scales(image.height, image.width, cell, min_pixels, max_pixels, tau if multi_scale else None)
-            num_scales.append(len(sizes))
-            for height, width in sizes:
-                patches, grid = self._scale_to_patches(image, height, width)
-                scales.append(patches)
-                grids.append(grid)
+        with ThreadPoolExecutor() as pool:  # Pillow resizes without holding the interpreter's lock
+            for image in map(load_image, images):
+                largest = (image.height, image.width)
+                sizes = plan_scales(*largest, cell, min_pixels, max_pixels, tau if multi_scale else None)
+                num_scales.append(len(sizes))
+                for patches, grid in pool.map(partial(self._scale_to_patches, image), sizes):
+                    scales.append(patches)
+                    grids.append(grid)
         data = {
             "pixel_values": np.concatenate(scales),
             "image_grid_thw": np.array(grids, dtype=np.int64),
@@ -225,7 +228,9 @@ class NaViLImageProcessor(BaseImageProcessor):
         }
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _scale_to_patches(self, image: Image.Image, height: int, width: int) -> tuple[np.ndarray, list[int]]:
+    def _scale_to_patches(self, image: Image.Image, size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
+        """Patches and grid of one scale, `size` being its (height, width) before padding."""
+        height, width = size
         cell = self.patch_size * self.merge_size
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)

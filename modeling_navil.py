@@ -68,7 +68,8 @@ def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates feature i against feature i + E/2 of x (..., E); cos and sin broadcast to x."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    cos, sin = cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]
+    return torch.cat([torch.addcmul(first * cos, second, -sin), torch.addcmul(second * cos, first, sin)], dim=-1)
 
 
 def causal_pairs(attention_mask: Tensor | None, cache_position: Tensor, key_length: int) -> Tensor:
@@ -281,8 +282,8 @@ class NaViLVisionBlock(nn.Module):
         self.ls2 = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale_init))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        x = x + self.ls1 * self.attn(self.norm1(x), cos, sin, segments)
-        return x + self.ls2 * self.mlp(self.norm2(x))
+        x = torch.addcmul(x, self.ls1, self.attn(self.norm1(x), cos, sin, segments))
+        return torch.addcmul(x, self.ls2, self.mlp(self.norm2(x)))
 
 
 class NaViLPreTrainedModel(PreTrainedModel):

@@ -198,7 +198,7 @@ def training_arguments(stage: Stage, folder: Path, steps: int, save_steps: int) 
         learning_rate=stage.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": round(stage.decay * steps)},
-        warmup_steps=200,
+        warmup_steps=100,
         weight_decay=stage.weight_decay,
         adam_beta1=0.9,
         adam_beta2=0.95,
@@ -214,19 +214,17 @@ def training_arguments(stage: Stage, folder: Path, steps: int, save_steps: int) 
     )
 
 
-def run_stage(
-    name: str, folder: Path, start: Path, steps: int, deadline: float | None, save_steps: int, keep_dials: bool
-) -> bool:
+def run_stage(name: str, folder: Path, start: Path, steps: int, deadline: float | None, save_steps: int) -> bool:
     """Trains one stage from the model folder `start`, or from the stage's own last checkpoint; True when complete."""
     stage = STAGES[name]
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = get_last_checkpoint(str(folder))
     source = Path(checkpoint) if checkpoint else start
     dials = Dials()
-    if checkpoint or keep_dials:
+    if (source / DIALS_FILE).is_file():  # an untrained model has none
         dials.load(source)
     model, processor = load(source)
-    if name == "s1.1" and checkpoint is None and not keep_dials:
+    if name == "s1.1" and checkpoint is None:
         copy_text_experts(model)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.trains(parameter_name))
@@ -309,9 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = options.init or build_start(options.runs)
     for name in stages:
         folder = options.runs / name
-        keep_dials = name in ("s1.2", "s2")
         if not (folder / "final").is_dir() and not run_stage(
-            name, folder, start, lengths[name], deadline, options.save_steps, keep_dials
+            name, folder, start, lengths[name], deadline, options.save_steps
         ):
             print(f"stopped in {name}; run again to resume")
             return 0

@@ -1,0 +1,112 @@
+"""Plain ways to do what the package does, and transformers' own models of the same size, to be timed beside it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import Qwen2VLImageProcessor, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+from recipes.package import configuration, image_processing, modeling
+
+
+def stock_image_processing(processor: image_processing.NaViLImageProcessor, image: Image.Image) -> np.ndarray:
+    """Multi-scale patches of a picture, scale by scale, by transformers' Qwen2-VL helpers."""
+    cell = processor.patch_size * processor.merge_size
+    stock = Qwen2VLImageProcessor(
+        patch_size=processor.patch_size,
+        merge_size=processor.merge_size,
+        temporal_patch_size=1,
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+        do_resize=False,
+    )
+    scales = []
+    for height, width in image_processing.plan_scales(
+        image.height, image.width, cell, processor.min_pixels, processor.max_pixels, processor.scale_downsample_ratio
+    ):
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        padded = Image.new("RGB", (-(-width // cell) * cell, -(-height // cell) * cell))
+        padded.paste(resized)
+        scales.append(stock.preprocess(padded, return_tensors="np")["pixel_values"])
+    return np.concatenate(scales)
+
+
+def dense_mask_attention(query: Tensor, key: Tensor, value: Tensor, segments: Any, scaling: float) -> Tensor:
+    """Attention inside segments by one N x N mask over all packed patches; query, key, value and result (N, H, E)."""
+    places = torch.arange(len(query), device=query.device)
+    segment = torch.searchsorted(segments.offsets, places, right=True)
+    mask = segment[:, None] == segment
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)[0].transpose(0, 1)
+
+
+@contextmanager
+def dense_mask() -> Iterator[None]:
+    """Inside, the vision encoder attends by `dense_mask_attention`."""
+    with mock.patch.object(modeling, "segment_attention_function", lambda *_: dense_mask_attention):
+        yield
+
+
+class BothExperts(modeling.ModalityOrder):
+    """Both experts on every token, and the mask picks from the two results."""
+
+    @classmethod
+    def build(cls, batch_shape: tuple[int, int], visual_mask: Tensor | None) -> "BothExperts":
+        return cls(batch_shape, 0, None, visual_mask)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)
+
+    def join(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, self.batch_shape)
+
+    def apply_experts(self, text_expert: Callable, visual_expert: Callable, x: Tensor) -> Tensor:
+        text, visual = text_expert(x), visual_expert(x)
+        return torch.where(self.by_sequence.view(-1, *[1] * (text.ndim - 1)), visual, text)
+
+
+@contextmanager
+def both_experts() -> Iterator[None]:
+    """Inside, the decoder runs both experts on every token."""
+    with mock.patch.object(modeling, "ModalityOrder", BothExperts):
+        yield
+
+
+def plain_llm(config: configuration.NaViLTextConfig, device: torch.device, dtype: torch.dtype) -> Qwen3ForCausalLM:
+    """Qwen3 of the size of one modality's experts, with random weights."""
+    sizes = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+        "max_position_embeddings rms_norm_eps rope_theta"
+    ).split()
+    qwen3 = Qwen3Config(**{name: getattr(config, name) for name in sizes}, tie_word_embeddings=False)
+    return on_device(lambda: Qwen3ForCausalLM._from_config(qwen3, torch_dtype=dtype), device)
+
+
+def qwen_vision(config: configuration.NaViLConfig, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """Qwen2.5-VL's vision transformer with as many parameters, every block over whole images."""
+    vision = config.vision_config
+    qwen = Qwen2_5_VLVisionConfig(
+        depth=vision.num_hidden_layers,
+        hidden_size=vision.hidden_size,
+        intermediate_size=2 * vision.intermediate_size // 3,  # it has three matrices where NaViL has two
+        num_heads=vision.num_attention_heads,
+        patch_size=vision.patch_size,
+        temporal_patch_size=1,
+        spatial_merge_size=vision.spatial_merge_size,
+        out_hidden_size=config.text_config.hidden_size,
+        fullatt_block_indexes=list(range(vision.num_hidden_layers)),
+    )
+    return on_device(lambda: Qwen2_5_VisionTransformerPretrainedModel._from_config(qwen, torch_dtype=dtype), device)
+
+
+def on_device(build: Callable[[], torch.nn.Module], device: torch.device) -> torch.nn.Module:
+    with torch.device(device):
+        return build().eval()

@@ -1,0 +1,383 @@
+"""Times NaViL beside plain baselines and transformers' own models, and against what the machine can do at best.
+
+    python -m benchmarks.run --size small
+    python -m benchmarks.run --device cuda --dtype bfloat16 --size 2b
+
+Random weights: nothing here depends on their values. Everything that is compared runs in turns in one process. A row's
+`floor` is the time implied by the operations it needs (its bytes, for decoding) at the rate measured on this machine.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tqdm import tqdm
+from transformers import DynamicCache, StaticCache
+
+from recipes.package import configuration, image_processing, modeling
+
+from . import baselines, limits
+from .timing import alternate, median_ratio, seconds
+
+ROOT = Path(__file__).resolve().parent.parent
+PHOTO_SIZES = ((640, 480), (1024, 768), (1920, 1080), (4000, 3000))
+
+
+def small_config() -> Any:
+    """A size that a laptop's CPU runs in seconds, with the proportions of the released models."""
+    return configuration.NaViLConfig(
+        vision_config={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 12,
+        },
+        text_config={
+            "vocab_size": 32000,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "qk_norm": True,
+            "max_position_embeddings": 32768,
+        },
+    )
+
+
+SIZES: dict[str, Callable[[], Any]] = {
+    "small": small_config,
+    "2b": configuration.NaViLConfig.navil_2b,
+    "9b": configuration.NaViLConfig.navil_9b,
+}
+
+
+@dataclass
+class Row:
+    """One measurement: seconds are medians, `speedups` how many times as long the others took, round by round."""
+
+    part: str
+    case: str
+    seconds: float
+    speedups: dict[str, float]
+    floor: float | None = None
+    note: str = ""
+
+    @property
+    def share_of_limit(self) -> float | None:
+        return None if self.floor is None else self.floor / self.seconds
+
+
+@dataclass
+class Bench:
+    """What all rows need."""
+
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    rounds: int
+    matmul_rate: float
+    bandwidth: float
+
+    def build(self, model_class: type, config: Any) -> torch.nn.Module:
+        return baselines.on_device(lambda: model_class._from_config(config, torch_dtype=self.dtype), self.device)
+
+    def row(
+        self,
+        part: str,
+        case: str,
+        ours: Callable[[], Any],
+        others: dict[str, Callable[[], Any]],
+        floor: float | None = None,
+        note: str = "",
+    ) -> Row:
+        times = alternate({"navil": ours} | others, self.rounds, self.device)
+        speedups = {name: median_ratio(times[name], times["navil"]) for name in others}
+        return Row(part, case, statistics.median(times["navil"]), speedups, floor, note)
+
+    def image_processor(self) -> Any:
+        area = self.config.vision_config.patch_size**2
+        return image_processing.NaViLImageProcessor(
+            patch_size=self.config.vision_config.patch_size,
+            merge_size=self.config.vision_config.spatial_merge_size,
+            min_pixels=self.config.min_dynamic_patch * area,
+            max_pixels=self.config.max_dynamic_patch * area,
+            multi_scale=True,
+        )
+
+    def patches(self, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        packed = self.image_processor()(photo(size), return_tensors="pt")
+        return packed["pixel_values"].to(self.device, self.dtype), packed["image_grid_thw"].to(self.device)
+
+
+def photo(size: tuple[int, int]) -> Image.Image:
+    """The repository's photograph at another size."""
+    return Image.open(ROOT / "examples" / "cat.jpg").convert("RGB").resize(size)
+
+
+def within(context: Callable[[], AbstractContextManager], work: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with context():
+            return work()
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def image_rows(bench: Bench, sizes: Sequence[tuple[int, int]]) -> Iterator[Row]:
+    processor = bench.image_processor()
+    for size in sizes:
+        image = photo(size)
+        packed = processor(image, return_tensors="np")["pixel_values"]
+        stock = baselines.stock_image_processing(processor, image)
+        if np.abs(packed - stock).max() > 1e-5:
+            raise RuntimeError("the stock path gives other patches: nothing to compare")
+        yield bench.row(
+            "images",
+            f"{size[0]}x{size[1]}, {len(packed)} patches",
+            lambda image=image: processor(image, return_tensors="pt"),
+            {"Qwen2-VL helpers": lambda image=image: baselines.stock_image_processing(processor, image)},
+        )
+
+
+def vision_rows(bench: Bench, sizes: Sequence[tuple[int, int]]) -> Iterator[Row]:
+    model = bench.build(modeling.NaViLForConditionalGeneration, vision_only(bench.config))
+    qwen = baselines.qwen_vision(bench.config, bench.device, bench.dtype)
+    for size in sizes:
+        patches, grids = bench.patches(size)
+        others = {"Qwen2.5-VL vision": lambda patches=patches, grids=grids: qwen(patches, grids)}
+        ours = lambda patches=patches, grids=grids: model.get_image_features(patches, grids)  # noqa: E731
+        if len(patches) <= 24576:  # the mask alone would need gigabytes
+            others["dense mask"] = within(baselines.dense_mask, ours)
+        floor = limits.vision_operations(bench.config, grids.tolist()) / bench.matmul_rate
+        yield bench.row("vision", f"{size[0]}x{size[1]}, {len(patches)} patches", ours, others, floor)
+
+
+def vision_only(config: Any) -> Any:
+    """The config with a decoder of no layers and hardly any vocabulary."""
+    config = configuration.NaViLConfig.from_dict(config.to_dict())
+    config.text_config.num_hidden_layers, config.text_config.vocab_size = 0, 8
+    return config
+
+
+def prefill_rows(bench: Bench, lengths: Sequence[int]) -> Iterator[Row]:
+    config = bench.config.text_config
+    model = bench.build(modeling.NaViLForCausalLM, config)
+    llm = baselines.plain_llm(config, bench.device, bench.dtype)
+    for length in lengths:
+        ids = torch.randint(config.vocab_size, (1, length), device=bench.device)
+        visual = torch.zeros(1, length, dtype=torch.bool, device=bench.device)
+        visual[:, length // 8 : length // 8 + 3 * length // 4] = True
+
+        def mixed(ids: torch.Tensor = ids, visual: torch.Tensor = visual) -> Any:
+            return model(ids, visual_token_mask=visual, logits_to_keep=1)
+
+        others = {
+            "both experts": within(baselines.both_experts, mixed),
+            "Qwen3ForCausalLM": lambda ids=ids: llm(ids, logits_to_keep=1),
+        }
+        floor = limits.prefill_operations(config, length) / bench.matmul_rate
+        yield bench.row("prefill", f"{length} tokens, three in four visual", mixed, others, floor)
+
+
+def decode_rows(bench: Bench, batches: Sequence[int], contexts: Sequence[int]) -> Iterator[Row]:
+    config = bench.config.text_config
+    model = bench.build(modeling.NaViLForCausalLM, config)
+    llm = baselines.plain_llm(config, bench.device, bench.dtype)
+    compiled = bench.device.type == "cuda"
+    for kind in ("dynamic", "static"):
+        for batch in batches:
+            for context in contexts:
+                steps = {}
+                for name, decoder in (("navil", model), ("llm", llm)):
+                    if kind == "static" and compiled:
+                        decoder = torch.compile(decoder, mode="reduce-overhead", fullgraph=True)
+                    steps[name] = decode_step(bench, decoder, config, kind, batch, context)
+                floor = max(
+                    limits.decode_bytes(config, batch, context, bench.dtype) / bench.bandwidth,
+                    limits.decode_operations(config, batch, context) / bench.matmul_rate,
+                )
+                case = f"batch {batch}, context {context}, {kind} cache{', compiled' * (kind == 'static' and compiled)}"
+                row = bench.row("decode", case, steps["navil"], {"Qwen3ForCausalLM": steps["llm"]}, floor)
+                yield row
+                del steps
+                release(bench.device)
+
+
+TOKENS_PER_TIMING = 4
+
+
+def decode_step(bench: Bench, model: Any, config: Any, kind: str, batch: int, context: int) -> Callable[[], None]:
+    """Decodes a few tokens, always at the same context: random keys and values fill the cache."""
+    shape = (batch, config.num_key_value_heads, context - TOKENS_PER_TIMING, config.head_dim)
+    token = torch.ones(batch, 1, dtype=torch.long, device=bench.device)
+
+    def filled() -> Any:
+        cache = DynamicCache()
+        if kind == "static":
+            settings = {"max_cache_len": context, "device": bench.device, "dtype": bench.dtype}
+            cache = StaticCache(config, max_batch_size=batch, **settings)
+        places = torch.arange(shape[2], device=bench.device)
+        for layer in range(config.num_hidden_layers):
+            keys, values = torch.randn(2, *shape, device=bench.device, dtype=bench.dtype)
+            cache.update(keys, values, layer, {"cache_position": places})
+        return cache
+
+    cache = filled()
+
+    @torch.no_grad()
+    def step() -> None:
+        if kind == "dynamic":
+            cache.crop(shape[2])
+        for index in range(TOKENS_PER_TIMING):
+            position = torch.tensor([shape[2] + index], device=bench.device)
+            model(token, past_key_values=cache, cache_position=position, position_ids=position[None])
+
+    return step
+
+
+def end_to_end_rows(bench: Bench) -> Iterator[Row]:
+    model = bench.build(modeling.NaViLForConditionalGeneration, with_image_tokens(bench.config))
+    file = ROOT / "examples" / "cat.jpg"
+    processor = bench.image_processor()
+
+    def answer(new_tokens: int) -> None:
+        packed = processor(file, return_tensors="pt").to(bench.device)
+        slots = int(packed["image_grid_thw"].prod(-1).sum()) // bench.config.vision_config.spatial_merge_size**2
+        ids = torch.tensor([[2, *[1] * slots, 3, 4, 5, 6]], device=bench.device)
+        packed["pixel_values"] = packed["pixel_values"].to(bench.dtype)
+        model.generate(ids, **packed, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+
+    for new_tokens in (1, 64):
+        case = f"{file.name} to {new_tokens} token{'s' * (new_tokens > 1)}"
+        yield bench.row("end to end", case, lambda new_tokens=new_tokens: answer(new_tokens), {})
+
+
+def with_image_tokens(config: Any) -> Any:
+    config = configuration.NaViLConfig.from_dict(config.to_dict())
+    config.image_token_id, config.image_start_token_id = 1, 2
+    return config
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def circumstances(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    name = cpu_name() if bench.device.type == "cpu" else torch.cuda.get_device_name(bench.device)
+    return {
+        "command": "python -m benchmarks.run " + " ".join(options.arguments),
+        "hardware": f"{name}, {torch.get_num_threads()} threads" if bench.device.type == "cpu" else name,
+        "commit": commit.stdout.strip() or "unknown",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "size": options.size,
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "rounds": bench.rounds,
+        "matmul, 1e9 operations/s": bench.matmul_rate / 1e9,
+        "memory, 1e9 bytes/s": bench.bandwidth / 1e9,
+    }
+
+
+def cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def as_markdown(facts: dict[str, Any], rows: Sequence[Row]) -> str:
+    lines = [f"- {name}: {value:.1f}" if isinstance(value, float) else f"- {name}: {value}" for name, value in facts.items()]
+    lines += ["", "| part | case | time | as long as ours | floor | share of the limit |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        others = ", ".join(f"{name} {speedup:.2f}x" for name, speedup in row.speedups.items()) or "-"
+        floor, share = ("-", "-") if row.floor is None else (duration(row.floor), f"{100 * row.share_of_limit:.0f} %")
+        lines.append(f"| {row.part} | {row.case} | {duration(row.seconds)} | {others} | {floor} | {share} |")
+    return "\n".join(lines) + "\n"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
+PARTS: dict[str, Callable[[Bench, argparse.Namespace], Iterator[Row]]] = {
+    "images": lambda bench, options: image_rows(bench, PHOTO_SIZES),
+    "vision": lambda bench, options: vision_rows(bench, PHOTO_SIZES[: options.photos]),
+    "prefill": lambda bench, options: prefill_rows(bench, options.lengths),
+    "decode": lambda bench, options: decode_rows(bench, options.batches, options.contexts),
+    "end to end": lambda bench, options: end_to_end_rows(bench),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Time NaViL beside baselines and against the machine's limits.",
+        epilog="example: python -m benchmarks.run --size small --part vision --output benchmarks/results/laptop",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--size", choices=SIZES, default="small", help="(%(default)s)")
+    parser.add_argument("--part", choices=PARTS, action="append", help="one part only; repeatable")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, of which the median counts (%(default)s)")
+    parser.add_argument("--photos", type=int, default=2, help="how many of the photo sizes vision gets (%(default)s)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="prefill, tokens (%(default)s)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="decoding (%(default)s)")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192], help="decoding, tokens (%(default)s)")
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else list(arguments)
+    device = torch.device(options.device)
+    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    torch.manual_seed(0)
+    bench = Bench(
+        config=SIZES[options.size](),
+        device=device,
+        dtype=dtype,
+        rounds=options.rounds,
+        matmul_rate=limits.matmul_rate(device, dtype),
+        bandwidth=limits.memory_bandwidth(device),
+    )
+    rows = []
+    with torch.no_grad():
+        for part in tqdm(options.part or PARTS, desc="parts", disable=None):
+            for row in PARTS[part](bench, options):
+                rows.append(row)
+                print(as_markdown({}, [row]).splitlines()[-1], flush=True)  # noqa: T201
+            release(device)
+    facts = circumstances(bench, options)
+    report = as_markdown(facts, rows)
+    print(report)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.with_suffix(".json").write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        options.output.with_suffix(".md").write_text(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
