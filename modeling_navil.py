@@ -363,8 +363,9 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         config = self.config
         patches = self._check_inputs(pixel_values, image_grid_thw)
         layout = PackedLayout.build(image_grid_thw.tolist(), config, patches.device)
-        cells = patches.unflatten(0, (-1, config.spatial_merge_size**2))[layout.entry]
-        x = self.patch_embedding(cells.flatten(0, 1).to(self.patch_embedding.weight.dtype))  # (N, D_vision)
+        merge_cells = (-1, config.spatial_merge_size**2)
+        x = patches.unflatten(0, merge_cells)[layout.entry].flatten(0, 1)
+        x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))  # (N, D_vision)
         frequencies = rotary_frequencies(config.head_dim // 2, config.rope_theta, x.device)  # (E/4,)
         angles = (layout.positions[..., None] * frequencies).flatten(1).repeat(1, 2)[:, None]  # (N, 1, E)
         cos, sin = angles.cos(), angles.sin()
@@ -372,7 +373,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         for index, block in enumerate(self.blocks):
             segments = layout.segments if index in full_blocks else layout.windows
             x = self._run(block, x, cos, sin, segments)
-        return x.unflatten(0, (-1, config.spatial_merge_size**2))[layout.exit]
+        return x.unflatten(0, merge_cells)[layout.exit]
 
     def _check_inputs(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         merge, patch_dim = self.config.spatial_merge_size, self.config.patch_dim

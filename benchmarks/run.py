@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ from transformers import DynamicCache, StaticCache
 from recipes.package import configuration, image_processing, modeling
 
 from . import baselines, limits
-from .timing import alternate, median_ratio, seconds
+from .timing import alternate, median_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTO_SIZES = ((640, 480), (1024, 768), (1920, 1080), (4000, 3000))
+VISION_CASES = ((1, PHOTO_SIZES[0]), (1, PHOTO_SIZES[1]), (4, PHOTO_SIZES[0]), (1, PHOTO_SIZES[2]), (1, PHOTO_SIZES[3]))
 
 
 def small_config() -> Any:
@@ -75,7 +76,6 @@ class Row:
     seconds: float
     speedups: dict[str, float]
     floor: float | None = None
-    note: str = ""
 
     @property
     def share_of_limit(self) -> float | None:
@@ -103,11 +103,12 @@ class Bench:
         ours: Callable[[], Any],
         others: dict[str, Callable[[], Any]],
         floor: float | None = None,
-        note: str = "",
+        repeats: int = 1,
     ) -> Row:
+        """`floor` is that of one of the `repeats` that every call makes."""
         times = alternate({"navil": ours} | others, self.rounds, self.device)
         speedups = {name: median_ratio(times[name], times["navil"]) for name in others}
-        return Row(part, case, statistics.median(times["navil"]), speedups, floor, note)
+        return Row(part, case, statistics.median(times["navil"]) / repeats, speedups, floor)
 
     def image_processor(self) -> Any:
         area = self.config.vision_config.patch_size**2
@@ -119,8 +120,8 @@ class Bench:
             multi_scale=True,
         )
 
-    def patches(self, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        packed = self.image_processor()(photo(size), return_tensors="pt")
+    def patches(self, size: tuple[int, int], count: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        packed = self.image_processor()([photo(size)] * count, return_tensors="pt")
         return packed["pixel_values"].to(self.device, self.dtype), packed["image_grid_thw"].to(self.device)
 
 
@@ -156,17 +157,18 @@ def image_rows(bench: Bench, sizes: Sequence[tuple[int, int]]) -> Iterator[Row]:
         )
 
 
-def vision_rows(bench: Bench, sizes: Sequence[tuple[int, int]]) -> Iterator[Row]:
+def vision_rows(bench: Bench, cases: Sequence[tuple[int, tuple[int, int]]]) -> Iterator[Row]:
+    """Each case is so many photos of a size in one batch."""
     model = bench.build(modeling.NaViLForConditionalGeneration, vision_only(bench.config))
     qwen = baselines.qwen_vision(bench.config, bench.device, bench.dtype)
-    for size in sizes:
-        patches, grids = bench.patches(size)
+    for count, size in cases:
+        patches, grids = bench.patches(size, count)
         others = {"Qwen2.5-VL vision": lambda patches=patches, grids=grids: qwen(patches, grids)}
         ours = lambda patches=patches, grids=grids: model.get_image_features(patches, grids)  # noqa: E731
-        if len(patches) <= 24576:  # the mask alone would need gigabytes
+        if len(patches) <= 32768:  # for more, the mask alone takes gigabytes
             others["dense mask"] = within(baselines.dense_mask, ours)
         floor = limits.vision_operations(bench.config, grids.tolist()) / bench.matmul_rate
-        yield bench.row("vision", f"{size[0]}x{size[1]}, {len(patches)} patches", ours, others, floor)
+        yield bench.row("vision", f"{count} x {size[0]}x{size[1]}, {len(patches)} patches", ours, others, floor)
 
 
 def vision_only(config: Any) -> Any:
@@ -214,9 +216,9 @@ def decode_rows(bench: Bench, batches: Sequence[int], contexts: Sequence[int]) -
                     limits.decode_operations(config, batch, context) / bench.matmul_rate,
                 )
                 case = f"batch {batch}, context {context}, {kind} cache{', compiled' * (kind == 'static' and compiled)}"
-                row = bench.row("decode", case, steps["navil"], {"Qwen3ForCausalLM": steps["llm"]}, floor)
-                yield row
-                del steps
+                others = {"Qwen3ForCausalLM": steps.pop("llm")}
+                yield bench.row("decode", case, steps.pop("navil"), others, floor, repeats=TOKENS_PER_TIMING)
+                del others
                 release(bench.device)
 
 
@@ -308,7 +310,9 @@ def cpu_name() -> str:
 
 
 def as_markdown(facts: dict[str, Any], rows: Sequence[Row]) -> str:
-    lines = [f"- {name}: {value:.1f}" if isinstance(value, float) else f"- {name}: {value}" for name, value in facts.items()]
+    lines = [
+        f"- {name}: {value:.1f}" if isinstance(value, float) else f"- {name}: {value}" for name, value in facts.items()
+    ]
     lines += ["", "| part | case | time | as long as ours | floor | share of the limit |", "|---|---|---|---|---|---|"]
     for row in rows:
         others = ", ".join(f"{name} {speedup:.2f}x" for name, speedup in row.speedups.items()) or "-"
@@ -323,7 +327,7 @@ def duration(seconds: float) -> str:
 
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], Iterator[Row]]] = {
     "images": lambda bench, options: image_rows(bench, PHOTO_SIZES),
-    "vision": lambda bench, options: vision_rows(bench, PHOTO_SIZES[: options.photos]),
+    "vision": lambda bench, options: vision_rows(bench, VISION_CASES[: options.vision_cases]),
     "prefill": lambda bench, options: prefill_rows(bench, options.lengths),
     "decode": lambda bench, options: decode_rows(bench, options.batches, options.contexts),
     "end to end": lambda bench, options: end_to_end_rows(bench),
@@ -340,7 +344,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=SIZES, default="small", help="(%(default)s)")
     parser.add_argument("--part", choices=PARTS, action="append", help="one part only; repeatable")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds, of which the median counts (%(default)s)")
-    parser.add_argument("--photos", type=int, default=2, help="how many of the photo sizes vision gets (%(default)s)")
+    parser.add_argument("--vision-cases", type=int, default=3, help="how many of them, smallest first (%(default)s)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="prefill, tokens (%(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="decoding (%(default)s)")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192], help="decoding, tokens (%(default)s)")
@@ -367,14 +371,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in tqdm(options.part or PARTS, desc="parts", disable=None):
             for row in PARTS[part](bench, options):
                 rows.append(row)
-                print(as_markdown({}, [row]).splitlines()[-1], flush=True)  # noqa: T201
+                tqdm.write(as_markdown({}, [row]).splitlines()[-1])
             release(device)
     facts = circumstances(bench, options)
     report = as_markdown(facts, rows)
     print(report)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.with_suffix(".json").write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        options.output.with_suffix(".json").write_text(
+            json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
+        )
         options.output.with_suffix(".md").write_text(report)
     return 0
 

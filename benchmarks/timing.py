@@ -21,7 +21,9 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def alternate(contestants: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def alternate(
+    contestants: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of each contestant in each round, after one round that does not count.
 
     Every other round goes through them backwards, so that none always follows the same neighbour.

@@ -38,6 +38,7 @@ class Encoded:
     num_answers: int
     input_ids: list[int]
     labels: list[int]
+    loss_weight: list[float]  # 1 / sqrt(labels of the answer): neither long answers nor short ones make up all the loss
     images: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -68,22 +69,22 @@ def encode(sample: Sample, processor: Any) -> Encoded:
     )
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    labels = [IGNORE_INDEX] * len(input_ids)
+    labels, loss_weight = [IGNORE_INDEX] * len(input_ids), [0.0] * len(input_ids)
     stop = 0
     for _, answer in sample.turns:
         start = text.index(ANSWER_START, stop) + len(ANSWER_START)
         stop = start + len(answer) + len(tokenization.END_OF_TURN)
-        for index, (left, right) in enumerate(offsets):
-            if start <= left and right <= stop:
-                labels[index] = input_ids[index]
-    return Encoded(ALL_TASKS.index(sample.task), len(sample.turns), input_ids, labels, images)
+        inside = [index for index, (left, right) in enumerate(offsets) if start <= left and right <= stop]
+        for index in inside:
+            labels[index], loss_weight[index] = input_ids[index], len(inside) ** -0.5
+    return Encoded(ALL_TASKS.index(sample.task), len(sample.turns), input_ids, labels, loss_weight, images)
 
 
 def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
     """Rows of samples -> one batch.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` (B, L); `attention_mask` (B, 1, L, L) bool, block-diagonal and causal;
+        `input_ids`, `labels`, `loss_weight`, `position_ids` (B, L); `attention_mask` (B, 1, L, L) bool, block-diagonal and causal;
         the images' inputs if there are any; `sample_index` (B, L), the sample that each token belongs to or -1;
         `task_index` (answers,), the task of each stretch of labels.
     """
@@ -92,6 +93,7 @@ def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
     batch = {
         "input_ids": torch.full(shape, pad_id),
         "labels": torch.full(shape, IGNORE_INDEX),
+        "loss_weight": torch.zeros(shape),
         "position_ids": torch.zeros(shape, dtype=torch.long),
         "sample_index": torch.full(shape, -1),
     }
@@ -102,6 +104,7 @@ def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
             place = (number, slice(start, start + len(sample.input_ids)))
             batch["input_ids"][place] = torch.tensor(sample.input_ids)
             batch["labels"][place] = torch.tensor(sample.labels)
+            batch["loss_weight"][place] = torch.tensor(sample.loss_weight)
             batch["position_ids"][place] = torch.arange(len(sample.input_ids))
             batch["sample_index"][place] = len(samples)
             samples.append(sample)

@@ -52,8 +52,8 @@ def is_visual(name: str) -> bool:
     return not is_text_expert(name)
 
 
-PICTURES = {"text": 0.22, "receipt": 0.12, "chart": 0.12, "scene": 0.12, "grounding": 0.1}
-PICTURES |= {"two_images": 0.07, "two_turns": 0.05, DESCRIBE: 0.2}
+PICTURES = {"text": 0.27, "receipt": 0.12, "chart": 0.12, "scene": 0.12, "grounding": 0.09}
+PICTURES |= {"two_images": 0.07, "two_turns": 0.04, DESCRIBE: 0.17}
 WITH_TEXT = PICTURES | {"text_only": 0.1, TEXT_PRETRAINING: 0.05}
 
 STAGES = {
@@ -61,7 +61,7 @@ STAGES = {
     "text": Stage(is_text_expert, {TEXT_PRETRAINING: 0.5, "text_only": 0.5}, 3000, 1e-3, 0.05),
     "s1.1": Stage(is_visual, PICTURES, 1000, 1e-3, 0.05),
     "s1.2": Stage(lambda name: is_visual(name) or ".self_attn.text." in name, WITH_TEXT, 500, 1e-3, 0.1),
-    "s2": Stage(lambda name: True, WITH_TEXT, 60000, 1e-3, 0.01, decay=0.15),
+    "s2": Stage(lambda name: True, WITH_TEXT, 60000, 7e-4, 0.01, decay=0.15),
 }
 
 

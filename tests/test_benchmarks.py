@@ -1,0 +1,96 @@
+"""The benchmarks run, compare like with like, and count what they say they count."""
+
+import json
+
+import pytest
+import torch
+from conftest import relative_error
+
+pytest.importorskip("matplotlib")  # as all of the recipes' packages, whose loader the benchmarks use
+
+from benchmarks import baselines, limits, memory, run  # noqa: E402
+from recipes.package import configuration, modeling  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def tiny_config():
+    config = run.small_config()
+    vision = config.vision_config.to_dict() | {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text = config.text_config.to_dict() | {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    return configuration.NaViLConfig(vision_config=vision, text_config=text, min_dynamic_patch=16, max_dynamic_patch=64)
+
+
+@pytest.fixture
+def tiny_benchmark(monkeypatch):
+    monkeypatch.setitem(run.SIZES, "small", tiny_config)
+    monkeypatch.setattr(run, "PHOTO_SIZES", ((64, 48),))
+    monkeypatch.setattr(run, "VISION_CASES", ((1, (64, 48)), (2, (64, 48))))
+    monkeypatch.setattr(limits, "matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr(limits, "memory_bandwidth", lambda *_: 1e9)
+
+
+@torch.no_grad()
+def test_baselines_compute_the_same():
+    model = modeling.NaViLForConditionalGeneration._from_config(tiny_config()).eval()
+    pixels, grids = torch.randn(88, 768), torch.tensor([[1, 4, 6], [1, 8, 8]])
+    features = model.get_image_features(pixels, grids)
+    with baselines.dense_mask():
+        assert relative_error(model.get_image_features(pixels, grids), features) < 1e-5
+    ids, visual = torch.randint(64, (1, 12)), torch.zeros(1, 12, dtype=torch.bool)
+    visual[:, 3:9] = True
+    logits = model.language_model(ids, visual_token_mask=visual).logits
+    with baselines.both_experts():
+        assert relative_error(model.language_model(ids, visual_token_mask=visual).logits, logits) < 1e-5
+
+
+def test_counted_operations_are_those_of_the_matrices():
+    config = tiny_config()
+    model = modeling.NaViLForConditionalGeneration._from_config(config)
+    matrices = sum(p.numel() for name, p in model.vision_model.named_parameters() if p.ndim == 2)
+    connector = sum(p.numel() for p in model.connector.parameters() if p.ndim == 2)
+    patches = 24
+    linear = 2 * (patches * matrices + patches // 4 * connector)
+    attention = 2 * 2 * config.vision_config.num_hidden_layers * config.vision_config.hidden_size * patches**2
+    assert limits.vision_operations(config, [[1, 4, 6]]) == linear + attention
+    text = config.text_config
+    layers = model.language_model.model.layers
+    weights = sum(p.numel() for name, p in layers.named_parameters() if p.ndim == 2 and ".text." in name)
+    head = text.vocab_size * text.hidden_size
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 5 * 3
+    assert limits.decode_bytes(text, 3, 5, torch.bfloat16) == 2 * (weights + head + cache)
+    attention = 2 * 2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * 10**2 // 2
+    assert limits.prefill_operations(text, 10) == 2 * (10 * weights + head) + attention
+
+
+def test_every_part_runs_and_reports(tiny_benchmark, tmp_path):
+    lengths = ["--lengths", "16", "--batches", "2", "--contexts", "16"]
+    assert run.main(["--device", "cpu", "--rounds", "1", *lengths, "--output", str(tmp_path / "result")]) == 0
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert {row["part"] for row in report["rows"]} == set(run.PARTS)
+    assert all(row["seconds"] > 0 and all(x > 0 for x in row["speedups"].values()) for row in report["rows"])
+    assert {"command", "hardware", "commit", "torch", "transformers"} <= set(report)
+    table = (tmp_path / "result.md").read_text()
+    assert all(f"| {part} |" in table for part in run.PARTS)
+
+
+def test_memory_is_measured_over_what_was_there(tiny_benchmark):
+    before = memory.Peak(CPU)
+    held = torch.ones(64 * memory.MIB // 4)
+    assert held.sum() > 0 and 60 < before.mib() < 128
+    assert memory.Peak(CPU).mib() < 8
+    measured = memory.measure_forward("small", 64, dense=False, device=CPU, dtype=torch.float32)
+    assert measured["patches"] == 64 and measured["peak"] > 0

@@ -1,0 +1,89 @@
+"""What the speed rests on, shown without a clock: no work is done twice, and the host waits for nothing."""
+
+import pytest
+import torch
+from conftest import relative_error
+from test_modeling import build, image_inputs, prompt
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import StaticCache
+
+SYNCHRONISING = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique")
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches the kernels: host syncs, and multiplications in matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_syncs = 0
+        self.multiplications = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.num_syncs += any(part in name for part in SYNCHRONISING)
+        if name in ("mm", "addmm"):
+            left = args[-2]
+            self.multiplications += result.numel() * left.shape[-1]
+        return result
+
+
+def count(work) -> Operations:
+    with torch.no_grad(), Operations() as operations:
+        work()
+    return operations
+
+
+@pytest.mark.parametrize("depth", [2, 5])
+def test_a_forward_has_as_many_host_syncs_whatever_its_depth(depth):
+    model = build({"num_hidden_layers": depth}, {"num_hidden_layers": depth})
+    ids, images = prompt(6, 4), image_inputs((4, 6), (4, 4))
+    shallow = build({"num_hidden_layers": 1}, {"num_hidden_layers": 1})
+    operations, reference = (count(lambda m=m: m(ids, **images)) for m in (model, shallow))
+    assert operations.num_syncs == reference.num_syncs > 0
+
+
+def test_a_decoding_step_on_a_static_cache_has_no_host_sync_and_is_one_graph():
+    model = build().language_model
+    position = torch.tensor([3])
+    inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long), "position_ids": position[None]}
+
+    def step(decoder) -> torch.Tensor:
+        cache = StaticCache(model.config, max_batch_size=1, max_cache_len=8, device="cpu", dtype=torch.float32)
+        return decoder(**inputs, past_key_values=cache, cache_position=position).logits
+
+    with torch.no_grad():
+        expected = step(model)
+        assert count(lambda: step(model)).num_syncs == 0
+        assert torch.equal(step(torch.compile(model, backend="eager", fullgraph=True)), expected)
+
+
+def test_mixed_tokens_cost_as_many_multiplications_as_text():
+    """Each expert works on its own tokens: three quarters of the tokens visual, not one product more."""
+    model = build().language_model
+    ids = torch.ones(2, 16, dtype=torch.long)
+    visual = torch.zeros(2, 16, dtype=torch.bool)
+    visual[:, 2:14] = True
+    mixed, text = count(lambda: model(ids, visual_token_mask=visual)), count(lambda: model(ids))
+    assert mixed.multiplications == text.multiplications > 0
+
+
+def test_vision_costs_grow_with_the_patches_alone():
+    """Packing two pictures costs what they cost one by one: nothing is padded."""
+    vision = build().vision_model
+
+    def work(*grids: tuple[int, int]) -> int:
+        images = image_inputs(*grids)
+        return count(lambda: vision(images["pixel_values"], images["image_grid_thw"])).multiplications
+
+    assert work((4, 6), (2, 2), (8, 10)) == work((4, 6)) + work((2, 2)) + work((8, 10)) > 0
+
+
+def test_logits_are_computed_only_where_they_are_kept():
+    model = build().language_model
+    ids = torch.randint(200, (1, 12))
+    all_logits, last = count(lambda: model(ids)), count(lambda: model(ids, logits_to_keep=1))
+    head = model.config.hidden_size * model.config.vocab_size
+    assert all_logits.multiplications - last.multiplications == 11 * head
+    with torch.no_grad():
+        assert relative_error(model(ids, logits_to_keep=1).logits, model(ids).logits[:, -1:]) < 1e-6
