@@ -1,14 +1,18 @@
 """Chats about pictures from the command line, streaming the answer.
 
+python demo.py --image examples/chart.png --question "Which bar is the highest?"
 python demo.py --model weights/navil-2b --image examples/cat.jpg --question "What is in this picture?"
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoTokenizer, TextStreamer
+
+EMBEDDED = {"pretrained_model_name_or_path": Path(__file__).resolve().parent, "subfolder": "tiny"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Ask NaViL a question about pictures, or about none.",
         epilog='example: python demo.py --model DIR --image a.jpg --image b.png --question "What differs?"',
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder or name on the Hub")
+    parser.add_argument("--model", metavar="DIR", help="model folder or name on the Hub (default: the embedded tiny/)")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="picture; repeat for several")
     parser.add_argument("--question", required=True, metavar="TEXT", help="may place the pictures by <image>")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s")
@@ -25,11 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
+    source = {"pretrained_model_name_or_path": options.model} if options.model else EMBEDDED
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
-        model = AutoModel.from_pretrained(options.model, torch_dtype=dtype, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=True)
+        model = AutoModel.from_pretrained(**source, torch_dtype=dtype, trust_remote_code=True)
         model.eval().to("cuda" if on_gpu else "cpu")
         model.chat(
             tokenizer,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import recorded_image, relative_error
 from navil import modeling_navil as modeling
-from transformers import AutoModel
+from transformers import AutoModel, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -48,3 +48,20 @@ def test_sdpa_takes_the_varlen_kernel():
     half = torch.zeros(4, 2, 64, device="cuda", dtype=torch.bfloat16)
     assert modeling.segment_attention_function("sdpa", half) is modeling.segment_attention_varlen
     assert modeling.segment_attention_function("sdpa", half.float()) is modeling.segment_attention_sdpa
+
+
+def test_compiled_decoding_on_a_static_cache_is_one_graph_without_host_sync(on_cuda):
+    decoder = on_cuda.language_model
+    position = torch.tensor([3], device="cuda")
+    inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long, device="cuda"), "position_ids": position[None]}
+    cache = StaticCache(decoder.config, max_batch_size=1, max_cache_len=8, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(decoder, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        expected = decoder(**inputs, past_key_values=cache, cache_position=position).logits
+        compiled(**inputs, past_key_values=cache, cache_position=position)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            logits = compiled(**inputs, past_key_values=cache, cache_position=position).logits.clone()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert relative_error(logits.cpu(), expected.cpu()) < BFLOAT16_ERROR
