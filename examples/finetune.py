@@ -4,7 +4,8 @@
     python examples/finetune.py --model . --subfolder tiny --output runs/lora --lora both
     torchrun --nproc-per-node 2 examples/finetune.py --model . --subfolder tiny --output runs/finetuned
 
-The data is a JSONL file of `{"messages": [...]}` as in `processor.apply_chat_template`; picture paths are relative to it.
+The data is a JSONL file of `{"messages": [...]}`, conversations as `processor.apply_chat_template` takes them; picture
+paths are relative to it.
 """
 
 import argparse
@@ -64,6 +65,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         label_names=["labels"],
         # A label counts the same wherever it is: the loss is divided by the labels of all processes together.
         average_tokens_across_devices=PartialState(cpu=not on_gpu).num_processes > 1,
+        ddp_find_unused_parameters=False,  # every parameter has a gradient, also without images
         logging_steps=1,
         save_strategy="no",
         report_to=[],
