@@ -151,6 +151,12 @@ class NaViLVisionConfig(_NaViLPartConfig):
         return self.hidden_size * self.spatial_merge_size**2
 
 
+_EXPERT_PROJECTIONS = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+
+
 class NaViLTextConfig(_NaViLPartConfig):
     """The decoder: a Llama-shaped LLM with one attention expert and one FFN expert per modality (reference §4).
 
@@ -177,6 +183,13 @@ class NaViLTextConfig(_NaViLPartConfig):
 
     model_type = "navil_text"
     base_config_key = "text_config"
+    base_model_tp_plan = {
+        f"layers.*.{block}.{modality}.{name}": "rowwise" if name in ("o_proj", "down_proj") else "colwise"
+        for block, names in _EXPERT_PROJECTIONS.items()
+        for modality in ("text", "visual")
+        for name in names
+    }
+    """Tensor parallelism of every expert: heads and FFN channels are dealt out, the vision encoder is not."""
 
     def __init__(
         self,

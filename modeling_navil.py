@@ -373,7 +373,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         for index, block in enumerate(self.blocks):
             segments = layout.segments if index in full_blocks else layout.windows
             x = self._run(block, x, cos, sin, segments)
-        return x.unflatten(0, merge_cells)[layout.exit]
+        return x.unflatten(0, merge_cells)[layout.exit.to(x.device)]
 
     def _check_inputs(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         merge, patch_dim = self.config.spatial_merge_size, self.config.patch_dim
@@ -438,16 +438,19 @@ class ModalityOrder(NamedTuple):
     def split(self, x: Tensor) -> Tensor:
         """(B, L, ...) in sequence order -> (T, ...) sorted by modality."""
         x = x.flatten(0, 1)
-        return x if self.by_modality is None else x[self.by_modality]
+        return x if self.by_modality is None else x[self.by_modality.to(x.device)]
 
     def join(self, x: Tensor) -> Tensor:
         """(T, ...) sorted by modality -> (B, L, ...) in sequence order."""
-        x = x if self.by_sequence is None else x[self.by_sequence]
+        x = x if self.by_sequence is None else x[self.by_sequence.to(x.device)]
         return x.unflatten(0, self.batch_shape)
 
     def apply_experts(self, text_expert: Callable, visual_expert: Callable, x: Tensor) -> Tensor:
-        """Each expert on its own tokens of x (T, ...)."""
-        if self.num_text == len(x):
+        """Each expert on its own tokens of x (T, ...).
+
+        Where gradients are wanted, an expert without a token runs on none: its weights get zeros, which DDP waits for.
+        """
+        if self.num_text == len(x) and not torch.is_grad_enabled():
             return text_expert(x)
         return torch.cat([text_expert(x[: self.num_text]), visual_expert(x[self.num_text :])])
 
@@ -828,16 +831,19 @@ def next_token_loss(
         loss_weight: (B, L) weight of each label. The loss is then sum(w * ce) / sum(w) over all shifted positions; an
             ignored label adds 0 to the first sum and its weight to the second.
         num_items: labels in the whole accumulated batch, over which the sum is divided instead of this batch's own;
-            without effect on a weighted loss.
+            without effect on a weighted loss (a `Trainer` that accumulates those needs `model_accepts_loss_kwargs =
+            False`, so that it takes the mean of its micro-batches).
+
+    Returns:
+        The loss, 0 with zero gradients where there is nothing to learn.
     """
     logits, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
+    losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
     if loss_weight is not None:
         weight = loss_weight[:, 1:].flatten().to(logits)
-        losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
-        return (losses * weight).sum() / weight.sum()
-    if num_items is not None:
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum") / num_items
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+        return (losses * weight).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+    num_items = (labels != IGNORE_INDEX).sum() if num_items is None else torch.as_tensor(num_items)
+    return losses.sum() / num_items.to(losses.device).clamp(min=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -846,6 +852,14 @@ def next_token_loss(
 
 VISUAL_INPUTS = ("pixel_values", "image_grid_thw", "num_scales", "visual_token_mask")
 """Inputs of `generate` that belong to the prompt alone."""
+
+
+TRAINING_STAGES = {
+    "s1.1": ("vision_model.", "connector.", ".visual."),
+    "s1.2": ("vision_model.", "connector.", ".visual.", ".self_attn.text."),
+    "s2": ("",),
+}
+"""The paper's stages and what the names of their trained parameters contain (section 4.2, reference §8)."""
 
 
 class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
@@ -895,6 +909,30 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
         if any(token_id is None or token_id >= vocab_size for token_id in token_ids):
             raise ValueError(f"<IMG_CONTEXT> and <img> have ids {token_ids}, the embedding table {vocab_size} rows")
         self.config.image_token_id, self.config.image_start_token_id = token_ids
+
+    def set_training_stage(self, stage: str) -> None:
+        """Lets a stage's parameters train and freezes the others (paper, section 4.2).
+
+        Args:
+            stage: `s1.1` trains the vision encoder, the connector and the visual experts; `s1.2` the text experts'
+                attention too; `s2` everything.
+
+        Raises:
+            ValueError: another stage.
+        """
+        if stage not in TRAINING_STAGES:
+            raise ValueError(f"stage must be one of {list(TRAINING_STAGES)}, got {stage!r}")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(any(part in name for part in TRAINING_STAGES[stage]))
+
+    def enable_input_require_grads(self) -> None:
+        """As in transformers, for the inputs of the decoder and of the vision encoder."""
+        super().enable_input_require_grads()
+        self.vision_model.enable_input_require_grads()
+
+    def disable_input_require_grads(self) -> None:
+        super().disable_input_require_grads()
+        self.vision_model.disable_input_require_grads()
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """Visual tokens of packed patches.
@@ -948,8 +986,8 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             num_scales: (images,) how many of the scales belong to each image.
             visual_token_mask: (B, L) bool tokens for the visual experts; needed only with `inputs_embeds` that hold
                 visual tokens already.
-            labels: (B, L) ids or -100. A position that holds `<IMG_CONTEXT>` learns nothing, whatever comes next; with
-                `Trainer`, which counts labels itself, such labels should be -100 already.
+            labels: (B, L) ids or -100. A position that holds `<IMG_CONTEXT>` learns nothing, whatever comes next; for
+                `Trainer`, which counts labels itself, such labels are -100 already in the processor's `training_batch`.
             loss_weight: (B, L) weights of the labels, see `next_token_loss`; they alone decide then what counts.
 
         Raises:
@@ -967,6 +1005,8 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             inputs_embeds = self._embed(input_ids, inputs_embeds, self.get_image_features(pixel_values, image_grid_thw))
         elif inputs_embeds is None and input_ids is not None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is None and inputs_embeds is not None and (self.training or labels is not None):
+            inputs_embeds = inputs_embeds + self._features_of_no_image(inputs_embeds.device).sum().to(inputs_embeds)
         if labels is not None and loss_weight is None and pixel_values is not None:
             predicts_nothing = F.pad(input_ids[:, :-1] == self.config.image_token_id, (1, 0)).to(labels.device)
             labels = labels.masked_fill(predicts_nothing, IGNORE_INDEX)
@@ -985,6 +1025,16 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def _features_of_no_image(self, device: torch.device) -> Tensor:
+        """(0, D) visual tokens, for which a blank cell went through the encoder and the connector.
+
+        With them a batch without images does what one with images does, so that the processes of a distributed run
+        stay in step: FSDP gathers the weights of every block, DDP gets a gradient (of zeros) for every parameter.
+        """
+        merge_size = self.config.vision_config.spatial_merge_size
+        patches = torch.zeros(merge_size**2, self.config.vision_config.patch_dim, device=device)
+        return self.get_image_features(patches, torch.tensor([[1, merge_size, merge_size]]))[:0]
 
     def _embed(self, input_ids: Tensor, inputs_embeds: Tensor | None, visual_tokens: Tensor) -> Tensor:
         """Token embeddings (B, L, D) with the visual tokens in their slots."""

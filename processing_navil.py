@@ -1,14 +1,21 @@
 """Processor of NaViL: images and prompts, or chat messages, to inputs for `model.generate(**inputs)`."""
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import load_image as fetch_image
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin
+from transformers.tokenization_utils_base import BatchEncoding
 
 from .image_processing_navil import flatten_images, load_image
 from .tokenization_navil import IMAGE_PLACEHOLDER, content_parts, expand_image_slots
+
+IGNORE_INDEX = -100
 
 
 class NaViLImagesKwargs(ImagesKwargs, total=False):
@@ -76,14 +83,15 @@ class NaViLProcessor(ProcessorMixin):
             features = dict(self.image_processor(images, **options["images_kwargs"]))
             grids, num_scales = features["image_grid_thw"].tolist(), features["num_scales"].tolist()
         texts = expand_image_slots(texts, grids, num_scales, self.image_processor.merge_size)
-        text_options = options["text_kwargs"]
-        return_tensors = text_options.pop("return_tensors", None)
+        return_tensors = options["text_kwargs"].pop("return_tensors", None)
+        encoded = self._tokenize(texts, **options["text_kwargs"])
+        return BatchFeature({**encoded, **features}, tensor_type=return_tensors)
+
+    def _tokenize(self, texts: Sequence[str], **options: Any) -> BatchEncoding:
         # The chat template writes <s> itself where the tokenizer does.
         bos_token = self.tokenizer.bos_token
         has_bos = bos_token is not None and all(prompt.startswith(bos_token) for prompt in texts)
-        text_options.setdefault("add_special_tokens", not has_bos)
-        encoded = self.tokenizer(texts, **text_options)
-        return BatchFeature({**encoded, **features}, tensor_type=return_tensors)
+        return self.tokenizer(texts, **{"add_special_tokens": not has_bos, **options})
 
     def apply_chat_template(
         self,
@@ -127,6 +135,72 @@ class NaViLProcessor(ProcessorMixin):
         features = self(images=images, text=prompts, **kwargs)
         return features if return_dict else features["input_ids"]
 
+    def training_batch(
+        self, examples: Sequence[dict[str, Any]], row_length: int | None = None, **images_kwargs: Any
+    ) -> BatchFeature:
+        """Conversations to a batch that trains on their answers: the `data_collator` of a `Trainer`.
+
+        Args:
+            examples: `{"messages": ...}` each, a conversation as `apply_chat_template` takes it.
+            row_length: None gives every conversation its own row. A number packs several into a row of up to so many
+                tokens, and they do not see each other.
+            images_kwargs: settings of the image processor, as in `__call__`.
+
+        Returns:
+            `input_ids` and `labels` (B, L), padded on the right; labels are every answer with the token that ends it,
+            and -100 elsewhere. `attention_mask` (B, L); packed, (B, 1, L, L) bool, block-diagonal and causal, with
+            `position_ids` (B, L) that start anew. The images' inputs as in `__call__`, if there are any.
+
+        Raises:
+            ValueError: an example without messages or answers, an image in an answer, or a conversation of more than
+                `row_length` tokens.
+        """
+        if not examples:
+            raise ValueError("expected at least one example, got none")
+        images_kwargs = {**NaViLProcessorKwargs._defaults["images_kwargs"], **images_kwargs}
+        encoded = [self._encode_conversation(example, images_kwargs) for example in examples]
+        rows = [[conversation] for conversation in encoded] if row_length is None else fill_rows(encoded, row_length)
+        batch = join_rows(rows, self.tokenizer.pad_token_id)
+        sample_index, position_ids = batch.pop("sample_index"), batch.pop("position_ids")
+        if row_length is None:
+            return BatchFeature({**batch, "attention_mask": (sample_index >= 0).long()})
+        attention_mask = block_diagonal_mask(sample_index)
+        return BatchFeature({**batch, "attention_mask": attention_mask, "position_ids": position_ids})
+
+    def _encode_conversation(self, example: dict[str, Any], images_kwargs: dict[str, Any]) -> "Conversation":
+        messages = example.get("messages") if isinstance(example, dict) else None
+        if not messages:
+            raise ValueError(f"an example is a dict with a conversation as its `messages`, got {example!r:.80}")
+        stretches = self._split_at_answers(messages)
+        images = [image for message in messages for image in _images_of(message)]
+        features = dict(self.image_processor(images, **images_kwargs, return_tensors="pt")) if images else {}
+        grids, num_scales = (features[name].tolist() if images else [] for name in ("image_grid_thw", "num_scales"))
+        stretches = expand_image_slots(stretches, grids, num_scales, self.image_processor.merge_size)
+        ends = list(accumulate(map(len, stretches)))
+        answers = list(zip(ends[::2], ends[1::2], strict=True))  # prompt and answer take turns
+        encoding = self._tokenize(["".join(stretches)], return_offsets_mapping=True)
+        [input_ids], [offsets] = encoding["input_ids"], encoding["offset_mapping"]
+        labels = [
+            token_id if any(start <= left < right <= end for start, end in answers) else IGNORE_INDEX
+            for token_id, (left, right) in zip(input_ids, offsets, strict=True)
+        ]
+        return Conversation(torch.tensor(input_ids), torch.tensor(labels), features)
+
+    def _split_at_answers(self, messages: Sequence[dict[str, Any]]) -> list[str]:
+        """The text of a conversation, cut where an answer begins and behind the token that ends it."""
+        answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+        if not answers or answers[0] == 0 or any(_images_of(messages[index]) for index in answers):
+            raise ValueError(f"training needs a question, then an answer that holds no image; got {messages!r:.200}")
+        stretches, written = [], ""
+        for index in answers:
+            for known, is_prompt in ((messages[:index], True), (messages[: index + 1], False)):
+                text = self.apply_chat_template(known, add_generation_prompt=is_prompt)
+                if not text.startswith(written):
+                    raise ValueError("the chat template writes a conversation's beginning anew after each message")
+                stretches.append(text[len(written) :])
+                written = text
+        return stretches
+
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """The tokenizer's."""
         return self.tokenizer.batch_decode(*args, **kwargs)
@@ -168,6 +242,60 @@ def _load_part(part: dict[str, Any]) -> Any:
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"cannot read an image from {source!r:.80}: {error}") from error
     return load_image(source)
+
+
+# -- training batches --------------------------------------------------------------------------------------------------
+
+
+class Conversation(NamedTuple):
+    """A conversation to train on: ids and labels (L,), and its images' inputs, if any."""
+
+    input_ids: Tensor
+    labels: Tensor
+    images: dict[str, Tensor]
+
+
+def fill_rows(conversations: Sequence[Conversation], row_length: int) -> list[list[Conversation]]:
+    """Puts each conversation into the first row that has room for it, of `row_length` tokens."""
+    rows: list[list[Conversation]] = []
+    for conversation in conversations:
+        length = len(conversation.input_ids)
+        if length > row_length:
+            raise ValueError(f"a conversation has {length} tokens but row_length is {row_length}")
+        for row in rows:
+            if sum(len(other.input_ids) for other in row) + length <= row_length:
+                row.append(conversation)
+                break
+        else:
+            rows.append([conversation])
+    return rows
+
+
+def join_rows(rows: Sequence[Sequence[Conversation]], pad_token_id: int) -> dict[str, Tensor]:
+    """Rows of conversations to tensors, padded on the right.
+
+    Returns:
+        `input_ids`, `labels`, `position_ids` and `sample_index` (B, L), the last -1 on padding; the images' inputs.
+    """
+
+    def pad(parts: Sequence[Sequence[Tensor]], value: int) -> Tensor:
+        return pad_sequence([torch.cat(list(row)) for row in parts], batch_first=True, padding_value=value)
+
+    lengths = [[len(conversation.input_ids) for conversation in row] for row in rows]
+    batch = {
+        "input_ids": pad([[conversation.input_ids for conversation in row] for row in rows], pad_token_id),
+        "labels": pad([[conversation.labels for conversation in row] for row in rows], IGNORE_INDEX),
+        "position_ids": pad([[torch.arange(length) for length in row] for row in lengths], 0),
+        "sample_index": pad([[torch.full((n,), i) for i, n in enumerate(row)] for row in lengths], -1),
+    }
+    images = [conversation.images for row in rows for conversation in row if conversation.images]
+    return batch | {name: torch.cat([features[name] for features in images]) for name in (images[0] if images else ())}
+
+
+def block_diagonal_mask(sample_index: Tensor) -> Tensor:
+    """(B, L) sample of each token -> (B, 1, L, L) bool: causal, and only inside a sample."""
+    same_sample = sample_index[:, None, :, None] == sample_index[:, None, None, :]
+    return same_sample.tril()
 
 
 NaViLProcessor.register_for_auto_class()

@@ -1,0 +1,91 @@
+"""One process of a distributed run, started by torchrun from test_finetuning.py and test_large_models.py.
+
+python -m torch.distributed.run --nproc-per-node 2 tests/distributed_worker.py TASK MODEL INPUTS OUTPUT
+"""
+
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from conftest import recorded_image  # noqa: F401  (puts the package on the path)
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModel
+
+
+def decoder_and_vision_blocks(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    kinds = {type(module) for module in decoder_and_vision_blocks(model)}
+    policy = partial(transformer_auto_wrap_policy, transformer_layer_cls=kinds)
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id="cpu")
+
+
+def fsdp2(model: nn.Module) -> nn.Module:
+    for block in decoder_and_vision_blocks(model):
+        fully_shard(block)
+    return fully_shard(model)
+
+
+STRATEGIES = {"ddp": DistributedDataParallel, "fsdp1": fsdp1, "fsdp2": fsdp2}
+
+
+def losses(model: nn.Module, batches: list[dict[str, torch.Tensor]], rank: int, world_size: int) -> list[float]:
+    """Losses of training steps over batches that rank r takes from r on, then of one pass without gradients."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    result = []
+    steps = [batches[start : start + world_size] for start in range(0, len(batches), world_size)]
+    for number, parts in enumerate([*steps, steps[0]]):
+        model.train(number < len(steps))
+        num_items = sum((part["labels"][:, 1:] != -100).sum() for part in parts)
+        with torch.set_grad_enabled(model.training):
+            # Gradients are averaged over the processes, so each one's share of the whole loss is scaled up.
+            loss = model(**parts[rank], num_items_in_batch=num_items).loss * world_size
+        if model.training:
+            loss.backward()
+            assert all(parameter.grad is not None for parameter in model.parameters() if parameter.numel())
+            optimizer.step()
+            optimizer.zero_grad()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        result.append(mean.item() / world_size)
+    return result
+
+
+def train(folder: str, inputs: list[dict[str, torch.Tensor]]) -> dict[str, list[float]]:
+    result = {}
+    for name, wrap in STRATEGIES.items():
+        model = wrap(AutoModel.from_pretrained(folder, trust_remote_code=True))
+        result[name] = losses(model, inputs, dist.get_rank(), dist.get_world_size())
+    return result
+
+
+def tensor_parallel(folder: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, tp_plan="auto").eval()
+    with torch.no_grad():
+        return {
+            "logits": model(**inputs).logits,
+            "generated": model.generate(**inputs, max_new_tokens=6, do_sample=False),
+            "local_rows": torch.tensor(local_rows(model)),
+        }
+
+
+def local_rows(model: nn.Module) -> list[int]:
+    """Rows of the first layer's query projections, text and visual, that this process holds."""
+    attention = model.language_model.model.layers[0].self_attn
+    weights = [expert.q_proj.weight for expert in (attention.text, attention.visual)]
+    return [len(weight.to_local() if hasattr(weight, "to_local") else weight) for weight in weights]
+
+
+if __name__ == "__main__":
+    task, folder, inputs, output = sys.argv[1:]
+    dist.init_process_group("gloo")
+    outcome = {"train": train, "tensor_parallel": tensor_parallel}[task](folder, torch.load(inputs))
+    if dist.get_rank() == 0:
+        torch.save(outcome, output)
+    dist.destroy_process_group()
