@@ -20,7 +20,10 @@ from transformers import (
     AutoTokenizer,
 )
 
-CODE = [f"{name}_navil.py" for name in ("configuration", "image_processing", "modeling", "processing", "tokenization")]
+CODE = [
+    f"{name}_navil.py"
+    for name in ("configuration", "image_processing", "modeling", "processing", "session", "tokenization")
+]
 
 
 def in_fresh_process(script: str, *arguments: str | Path) -> None:
