@@ -906,10 +906,13 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
         """
         if use_flash_attn is not None:
             implementation = "flash_attention_2" if use_flash_attn else "sdpa"
-            if kwargs.setdefault("attn_implementation", implementation) != implementation:
+            # AutoModel puts the caller's choice into the config.
+            given = getattr(kwargs.get("config"), "_attn_implementation_internal", None)
+            given = kwargs.setdefault("attn_implementation", given or implementation)
+            if given != implementation:
                 raise ValueError(
                     f"use_flash_attn={use_flash_attn} means attn_implementation={implementation!r}, "
-                    f"but {kwargs['attn_implementation']!r} is given too"
+                    f"but {given!r} is given too"
                 )
             if use_flash_attn and not is_flash_attn_2_available():
                 raise ValueError(
@@ -1171,7 +1174,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
 
         input_ids = self._encode_chat(tokenizer, [*history, (question, None)], images)
         settings = self._chat_settings(tokenizer, generation_config, streamer)
-        _, answer = self._answer(tokenizer, input_ids, **images, **settings)
+        _, answer = self._answer(tokenizer, input_ids, images | settings)
         if verbose:
             sys.stdout.write(f"{question}\n{answer}\n")
         return (answer, [*history, (question, answer)]) if return_history else answer
@@ -1187,7 +1190,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"question must be a text that is not empty, got {question!r}")
 
-    def _answer(self, tokenizer: Any, input_ids: Tensor, **options: Any) -> tuple[Tensor, str]:
+    def _answer(self, tokenizer: Any, input_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, str]:
         """Generates from a prompt (1, L); the ids of prompt and answer (1, L + new), and the answer as a text."""
         output_ids = self.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **options)
         answer_ids = output_ids[0, input_ids.shape[1] :]

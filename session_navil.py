@@ -76,13 +76,9 @@ class NaViLChatSession:
 
         cache, num_cached = self._cut_to_prefix_of(input_ids)
         self._forget()  # a turn that fails leaves no cache that is half written
-        output_ids, answer = model._answer(
-            tokenizer,
-            input_ids,
-            past_key_values=cache,
-            **(new_images if num_cached else all_images),
-            **model._chat_settings(tokenizer, self.generation_config, streamer),
-        )
+        images = new_images if num_cached else all_images
+        settings = model._chat_settings(tokenizer, self.generation_config, streamer)
+        output_ids, answer = model._answer(tokenizer, input_ids, images | settings | {"past_key_values": cache})
         self._cache, self._cached_ids = cache, output_ids[0, : cache.get_seq_length()]
         self.num_prefilled = input_ids.shape[1] - num_cached
         self.images = all_images
