@@ -1277,7 +1277,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             raise ValueError(f"num_scales must be one whole number of at least 1 per image, got {num_scales.tolist()}")
         if patches.ndim not in (2, 4):
             raise ValueError(f"patches must be (N, 3*p*p) or (N, 3, p, p), got {tuple(patches.shape)}")
-        return {"pixel_values": patches, "image_grid_thw": grids, "num_scales": num_scales}
+        return {"pixel_values": patches.flatten(1), "image_grid_thw": grids, "num_scales": num_scales}
 
 
 NaViLForCausalLM.register_for_auto_class("AutoModelForCausalLM")

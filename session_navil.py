@@ -69,7 +69,7 @@ class NaViLChatSession:
         """
         model, tokenizer = self.model, self.tokenizer
         model._check_question(question)
-        new_images = dict(model._image_inputs(images, None, None))
+        new_images = model._image_inputs(images, None, None)
         question = put_images_in_front(question, len(new_images.get("num_scales", ())))
         all_images = self._with(new_images)
         input_ids = model._encode_chat(tokenizer, [*self.history, (question, None)], all_images)
