@@ -104,5 +104,6 @@ class NaViLChatSession:
             num_shared = 0  # beyond the trained context, every key's rotation depends on the length
         if num_shared == 0:
             return DynamicCache(), 0
-        self._cache.crop(num_shared)
+        if num_shared < len(cached):
+            self._cache.crop(num_shared - len(cached))  # less than 0: so many from the end
         return self._cache, num_shared

@@ -105,6 +105,7 @@ def test_assisted_decoding_equals_greedy(recording):
         parameter.data += 0.3 * parameter.std() * torch.randn_like(parameter)
     num_passes = []
     for assistant in (twin, stranger):
+        assistant.generation_config.update(num_assistant_tokens=4, assistant_confidence_threshold=0.0)
         with passes(recording.model) as lengths:
             assert torch.equal(new_ids(recording, inputs, assistant_model=assistant), expected)
         num_passes.append(len(lengths))
