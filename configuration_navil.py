@@ -392,4 +392,5 @@ _NAVIL_9B_TEXT = {
     "max_position_embeddings": 40960,
 }
 
+NaViLTextConfig.register_for_auto_class()  # the language model can be saved alone
 NaViLConfig.register_for_auto_class()

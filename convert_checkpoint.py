@@ -806,7 +806,7 @@ def write_companions(
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
     ).save_pretrained(folder)
-    for name in ("configuration", "image_processing", "modeling", "processing", "tokenization"):
+    for name in ("configuration", "image_processing", "modeling", "processing", "session", "tokenization"):
         shutil.copy(ROOT / f"{name}_navil.py", folder)
     shutil.copy(ROOT / "LICENSE", folder)
     card = MODEL_CARD.format(

@@ -22,14 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import CandidateGenerator, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.utils import can_return_tuple, is_flash_attn_2_available
 
 from .configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 from .image_processing_navil import NaViLImageProcessor
-from .tokenization_navil import END_OF_TURN, IMAGE_PLACEHOLDER, expand_image_slots
+from .processing_navil import NaViLProcessor
+from .session_navil import NaViLChatSession
+from .tokenization_navil import END_OF_TURN, expand_image_slots, put_images_in_front
 
 if is_flash_attn_2_available():
     from flash_attn import flash_attn_varlen_func
@@ -862,6 +866,31 @@ TRAINING_STAGES = {
 """The paper's stages and what the names of their trained parameters contain (section 4.2, reference §8)."""
 
 
+class TextCandidates(CandidateGenerator):
+    """Another generator's candidates for assisted decoding, cut off before an image slot.
+
+    Prompt lookup copies its candidates from the prompt, and no image would fill a copied slot.
+    """
+
+    def __init__(self, generator: CandidateGenerator, image_token_id: int):
+        self.generator = generator
+        self.image_token_id = image_token_id
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.generator, name)  # `generate` looks at an assistant's settings
+
+    def get_candidates(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        candidates, logits = self.generator.get_candidates(input_ids)
+        is_text = (
+            candidates[0, input_ids.shape[1] :] != self.image_token_id
+        )  # one sequence, as all of assisted decoding
+        num_kept = int(is_text.cumprod(0).sum())
+        return candidates[:, : input_ids.shape[1] + num_kept], None if logits is None else logits[:, :num_kept]
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        self.generator.update_candidate_strategy(input_ids, scores, num_matches)
+
+
 class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
     """NaViL: vision encoder, connector and language model, with `generate` and `chat`."""
 
@@ -881,6 +910,32 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             scale_downsample_ratio=config.scale_downsample_ratio,
         )
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, use_flash_attn: bool | None = None, **kwargs: Any
+    ) -> "NaViLForConditionalGeneration":
+        """As in transformers; `use_flash_attn` is the released name for an `attn_implementation`.
+
+        Raises:
+            ValueError: `use_flash_attn=True` where flash-attn cannot run, or with another `attn_implementation`.
+        """
+        if use_flash_attn is not None:
+            implementation = "flash_attention_2" if use_flash_attn else "sdpa"
+            # AutoModel puts the caller's choice into the config.
+            given = getattr(kwargs.get("config"), "_attn_implementation_internal", None)
+            given = kwargs.setdefault("attn_implementation", given or implementation)
+            if given != implementation:
+                raise ValueError(
+                    f"use_flash_attn={use_flash_attn} means attn_implementation={implementation!r}, "
+                    f"but {given!r} is given too"
+                )
+            if use_flash_attn and not is_flash_attn_2_available():
+                raise ValueError(
+                    "use_flash_attn=True needs an NVIDIA GPU and the package flash-attn; "
+                    "without use_flash_attn the model runs on torch's own attention"
+                )
+        return super().from_pretrained(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -1077,6 +1132,11 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in VISUAL_INPUTS}
         return model_kwargs
 
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        image_token_id = self.config.image_token_id
+        return generator if image_token_id is None else TextCandidates(generator, image_token_id)
+
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
@@ -1151,10 +1211,9 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             ValueError: an empty question, a history that is not pairs of texts, special tokens in the text, another
                 number of `<image>` than of images, or image inputs that do not fit together.
         """
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"question must be a text that is not empty, got {question!r}")
         if not anyres_image_size:
             raise ValueError("anyres_image_size must be True: NaViL sees images at their own resolution only")
+        self._check_question(question)
         if self.config.image_token_id is None:
             self.init_special_token_ids(tokenizer)
         images = self._image_inputs(pixel_values, num_patches_list, num_scales)
@@ -1162,21 +1221,32 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
         for turn in history:
             if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
                 raise ValueError(f"history must be (question, answer) pairs of texts, got {turn!r:.80}")
-        if not history and IMAGE_PLACEHOLDER not in question:
-            question = f"{IMAGE_PLACEHOLDER}\n" * len(images.get("num_scales", ())) + question
+        if not history:
+            question = put_images_in_front(question, len(images.get("num_scales", ())))
 
         input_ids = self._encode_chat(tokenizer, [*history, (question, None)], images)
-        output_ids = self.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            **images,
-            **self._chat_settings(tokenizer, generation_config, streamer),
-        )
-        answer_ids = output_ids[0, input_ids.shape[1] :]
-        answer = tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+        settings = self._chat_settings(tokenizer, generation_config, streamer)
+        _, answer = self._answer(tokenizer, input_ids, images | settings)
         if verbose:
             sys.stdout.write(f"{question}\n{answer}\n")
         return (answer, [*history, (question, answer)]) if return_history else answer
+
+    def chat_session(
+        self, tokenizer: Any, generation_config: dict[str, Any] | GenerationConfig | None = None
+    ) -> NaViLChatSession:
+        """A conversation that keeps its cache from turn to turn; arguments and errors are `NaViLChatSession`'s."""
+        return NaViLChatSession(self, tokenizer, generation_config)
+
+    @staticmethod
+    def _check_question(question: Any) -> None:
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"question must be a text that is not empty, got {question!r}")
+
+    def _answer(self, tokenizer: Any, input_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, str]:
+        """Generates from a prompt (1, L); the ids of prompt and answer (1, L + new), and the answer as a text."""
+        output_ids = self.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **options)
+        answer_ids = output_ids[0, input_ids.shape[1] :]
+        return output_ids, tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
 
     def _chat_settings(
         self, tokenizer: Any, generation_config: dict[str, Any] | GenerationConfig | None, streamer: Any
@@ -1259,7 +1329,11 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             raise ValueError(f"num_scales must be one whole number of at least 1 per image, got {num_scales.tolist()}")
         if patches.ndim not in (2, 4):
             raise ValueError(f"patches must be (N, 3*p*p) or (N, 3, p, p), got {tuple(patches.shape)}")
-        return {"pixel_values": patches, "image_grid_thw": grids, "num_scales": num_scales}
+        return {"pixel_values": patches.flatten(1), "image_grid_thw": grids, "num_scales": num_scales}
 
 
+NaViLForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 NaViLForConditionalGeneration.register_for_auto_class("AutoModel")
+# transformers' pipelines look in these two tables for the processor and for the models that they know.
+AutoProcessor.register(NaViLConfig, NaViLProcessor, exist_ok=True)
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["navil"] = NaViLForConditionalGeneration.__name__

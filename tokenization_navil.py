@@ -117,6 +117,11 @@ def expand_image_slots(
     return [re.sub(re.escape(IMAGE_PLACEHOLDER), lambda _: next(slots), text) for text in texts]
 
 
+def put_images_in_front(question: str, num_images: int) -> str:
+    """The question with one `<image>` line per image in front, unless it says itself where images go."""
+    return question if IMAGE_PLACEHOLDER in question else f"{IMAGE_PLACEHOLDER}\n" * num_images + question
+
+
 def reject_tokens(text: str, tokens: Sequence[str]) -> None:
     """Raises a ValueError when one of the tokens is typed in a text."""
     found = [token for token in tokens if token in text]

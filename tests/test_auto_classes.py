@@ -20,7 +20,10 @@ from transformers import (
     AutoTokenizer,
 )
 
-CODE = [f"{name}_navil.py" for name in ("configuration", "image_processing", "modeling", "processing", "tokenization")]
+CODE = [
+    f"{name}_navil.py"
+    for name in ("configuration", "image_processing", "modeling", "processing", "session", "tokenization")
+]
 
 
 def in_fresh_process(script: str, *arguments: str | Path) -> None:
@@ -154,6 +157,30 @@ def test_tying_survives_saving(recording, tmp_path):
     model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     assert model.config.tie_word_embeddings and model.config.text_config.tie_word_embeddings
     assert model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
+
+
+def test_language_model_reloads_alone(recording, tmp_path):
+    language_model = recording.model.language_model
+    language_model.save_pretrained(tmp_path)
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert type(alone).__name__ == "NaViLForCausalLM" and alone.config._attn_implementation == "sdpa"
+    ids = recording.inputs("text_only")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(alone(ids).logits, language_model(ids).logits)
+
+
+def test_use_flash_attn_chooses_the_attention(recording, monkeypatch):
+    def load(**options):
+        return AutoModel.from_pretrained(recording.folder, trust_remote_code=True, **options)
+
+    assert load(use_flash_attn=False).language_model.config._attn_implementation == "sdpa"
+    assert load(use_flash_attn=None, attn_implementation="eager").vision_model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="means attn_implementation='sdpa', but 'eager' is given too"):
+        load(use_flash_attn=False, attn_implementation="eager")
+    module = sys.modules[type(recording.model).__module__]
+    monkeypatch.setattr(module, "is_flash_attn_2_available", lambda: False)
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU and the package flash-attn"):
+        load(use_flash_attn=True)
 
 
 def test_demo_streams_an_answer(recording, tmp_path):

@@ -17,7 +17,10 @@ import convert_checkpoint as converter
 MODEL_FILES = {
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "README.md"),
     *("LICENSE", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors"),
-    *(f"{name}_navil.py" for name in ("configuration", "image_processing", "modeling", "processing", "tokenization")),
+    *(
+        f"{name}_navil.py"
+        for name in ("configuration", "image_processing", "modeling", "processing", "session", "tokenization")
+    ),
 }
 
 

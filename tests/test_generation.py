@@ -1,0 +1,310 @@
+"""Everything that `generate` can do, with pictures; conversations that keep their cache."""
+
+import copy
+import json
+from contextlib import contextmanager
+from threading import Thread
+
+import pytest
+import torch
+from conftest import ROOT, recorded_image, relative_error
+from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+SHORT = {"max_new_tokens": 8}
+IMAGES = [recorded_image(90, 60, 0), recorded_image(200, 130, 1), recorded_image(64, 64, 2)]
+
+
+def messages(question: str, *images) -> list[dict]:
+    parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
+    return [{"role": "user", "content": parts}]
+
+
+def encode(recording, *conversations) -> dict[str, torch.Tensor]:
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    return recording.processor.apply_chat_template(list(conversations), **options)
+
+
+def new_ids(recording, inputs, **settings) -> torch.Tensor:
+    return recording.model.generate(**inputs, **{**SHORT, **settings})[:, inputs["input_ids"].shape[1] :]
+
+
+@contextmanager
+def passes(model):
+    """A list that grows with every pass of the language model, by the number of its tokens."""
+    lengths = []
+    hook = model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    yield lengths
+    hook.remove()
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def test_batch_with_different_numbers_of_images_equals_one_by_one(recording):
+    conversations = [messages(f"{count} pictures{' and words' * count}?", *IMAGES[:count]) for count in (2, 0, 3, 1)]
+    batch = encode(recording, *conversations)
+    assert batch["num_scales"].shape == (6,) and (batch["attention_mask"][:, 0] == 0).sum() == 3
+    settings = {"return_dict_in_generate": True, "output_logits": True, **SHORT}
+    together = recording.model.generate(**batch, **settings)
+    for row, conversation in enumerate(conversations):
+        inputs = encode(recording, conversation)
+        alone = recording.model.generate(**inputs, **settings)
+        assert torch.equal(together.sequences[row, -8:], alone.sequences[0, -8:])
+        logits = torch.stack([step[row] for step in together.logits])
+        assert relative_error(logits, torch.cat(alone.logits)) < 1e-4
+
+
+# -- decoding ----------------------------------------------------------------------------------------------------------
+
+
+def test_samples_follow_their_own_pictures(recording):
+    batch = encode(recording, messages("What is it?", *IMAGES[:1]), messages("And these two?", *IMAGES[1:]))
+    greedy = new_ids(recording, batch)
+    certain = new_ids(recording, batch, do_sample=True, top_k=1, num_return_sequences=3)
+    assert torch.equal(certain, greedy.repeat_interleave(3, dim=0))
+    torch.manual_seed(1)
+    sampled = new_ids(recording, batch, do_sample=True, num_return_sequences=3)
+    assert len({tuple(row) for row in sampled.tolist()}) == 6
+    torch.manual_seed(1)
+    assert torch.equal(sampled, new_ids(recording, batch, do_sample=True, num_return_sequences=3))
+
+
+def test_scores_of_beams_are_those_of_their_sequences(recording):
+    inputs = encode(recording, messages("What is it?", *IMAGES[:2]))
+    settings = {"num_beams": 4, "num_return_sequences": 4, "output_scores": True, "return_dict_in_generate": True}
+    slots = recording.tokenizer.convert_tokens_to_ids(["<IMG_CONTEXT>", "<img>"])  # would be taken for an image's below
+    output = recording.model.generate(**inputs, **settings, **SHORT, eos_token_id=None, suppress_tokens=slots)
+    images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "num_scales")}
+    assert len({tuple(row) for row in output.sequences.tolist()}) == 4
+    for sequence, score in zip(output.sequences, output.sequences_scores, strict=True):
+        with torch.no_grad():
+            log_probs = recording.model(sequence[None], **images).logits[0, -9:-1].log_softmax(-1)
+        expected = log_probs.gather(1, sequence[-8:, None]).mean()
+        assert abs(expected - score) < 1e-4
+
+
+def test_prompt_lookup_decodes_greedily_past_a_copied_image(recording):
+    # The prompt ends as the text in front of its picture did, so that the first candidates are the picture's slots.
+    inputs = recording.processor(images=IMAGES[0], text="see this\n<image> see this\n", return_tensors="pt")
+    expected = new_ids(recording, inputs, max_new_tokens=30)
+    with passes(recording.model) as lengths:
+        looked_up = new_ids(recording, inputs, max_new_tokens=30, prompt_lookup_num_tokens=3)
+    assert torch.equal(looked_up[:, :30], expected)  # transformers may add a token or two beyond max_new_tokens
+    assert len(lengths) < 30 and max(lengths[1:]) == 4  # candidates were proposed and some of them accepted
+
+
+def test_assisted_decoding_equals_greedy(recording):
+    inputs = encode(recording, messages("What is it?", *IMAGES[:2]))
+    expected = new_ids(recording, inputs)
+    twin = copy.deepcopy(recording.model)
+    stranger = copy.deepcopy(recording.model)
+    for parameter in stranger.language_model.parameters():
+        parameter.data += 0.3 * parameter.std() * torch.randn_like(parameter)
+    num_passes = []
+    for assistant in (twin, stranger):
+        assistant.generation_config.update(num_assistant_tokens=4, assistant_confidence_threshold=0.0)
+        with passes(recording.model) as lengths:
+            assert torch.equal(new_ids(recording, inputs, assistant_model=assistant), expected)
+        num_passes.append(len(lengths))
+    assert num_passes[0] < num_passes[1] <= 8  # a good assistant saves passes
+
+
+def test_iterator_streamer_gives_the_answer_piece_by_piece(recording):
+    inputs = encode(recording, messages("What is it?", IMAGES[0]))
+    streamer = TextIteratorStreamer(recording.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    settings = {"do_sample": True, "min_new_tokens": 60, "max_new_tokens": 60}  # long enough to have words
+    torch.manual_seed(1)
+    expected = recording.tokenizer.decode(new_ids(recording, inputs, **settings)[0], skip_special_tokens=True)
+    torch.manual_seed(1)
+    thread = Thread(target=recording.model.generate, kwargs={**inputs, **settings, "streamer": streamer})
+    thread.start()
+    pieces = [piece for piece in streamer if piece]
+    thread.join()
+    assert len(pieces) > 1 and "".join(pieces) == expected
+
+
+def test_stop_strings_end_every_row_where_it_says_them(recording):
+    batch = encode(recording, messages("What is it?", IMAGES[0]), messages("Two?", *IMAGES[1:]))
+    whole, decode = new_ids(recording, batch, max_new_tokens=20), recording.tokenizer.decode
+    stops = [next(letter for letter in decode(row) if letter.isascii() and letter.isalpha()) for row in whole]
+    stopped = new_ids(recording, batch, max_new_tokens=20, stop_strings=stops, tokenizer=recording.tokenizer)
+    for row, complete in zip(stopped, whole, strict=True):
+        written = row[row != recording.tokenizer.pad_token_id]
+        says_it = [any(stop in decode(complete[:count]) for stop in stops) for count in range(21)]
+        assert torch.equal(written, complete[: says_it.index(True)])
+
+
+# -- caches ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    options = {"subfolder": "tiny", "trust_remote_code": True}
+    model = AutoModel.from_pretrained(ROOT, **options).eval()
+    example = json.loads((ROOT / "examples" / "answers.json").read_text())[0]
+    processor = AutoProcessor.from_pretrained(ROOT, **options)
+    chat = messages(example["question"], str(ROOT / example["image"]))
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    return model, processor, inputs, example["answer"]
+
+
+@pytest.mark.parametrize(
+    ("package", "backend"), [("optimum.quanto", {"backend": "quanto"}), ("hqq", {"backend": "HQQ"})]
+)
+def test_quantized_cache_answers_the_same(tiny, package, backend):
+    pytest.importorskip(package)
+    model, processor, inputs, answer = tiny
+    cache = {"nbits": 4, "axis_key": 1, "axis_value": 1} if package == "hqq" else {"nbits": 4}
+    settings = {**SHORT, "output_logits": True, "return_dict_in_generate": True}
+    exact = model.generate(**inputs, **settings)
+    output = model.generate(**inputs, **settings, cache_implementation="quantized", cache_config={**backend, **cache})
+    new = output.sequences[:, inputs["input_ids"].shape[1] :]
+    assert processor.post_process_image_text_to_text(new) == [answer]
+    error = relative_error(torch.cat(output.logits[1:2]), torch.cat(exact.logits[1:2]))
+    assert 1e-5 < error < 0.3  # the second token is the first that reads the rounded cache
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading moves keys and values between CPU and GPU")
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_offloaded_cache_answers_the_same(tiny, implementation):
+    model, processor, inputs, answer = tiny
+    model, inputs = copy.deepcopy(model).cuda(), inputs.to("cuda")
+    output = model.generate(**inputs, **SHORT, cache_implementation=implementation)
+    assert processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :]) == [answer]
+
+
+# -- attention weights -------------------------------------------------------------------------------------------------
+
+
+def test_attention_weights_are_those_of_the_kernel(recording, monkeypatch):
+    """The kernel itself tells its weights when the values are unit vectors."""
+    inputs = encode(recording, messages("What is it?", *IMAGES[:2]), messages("Nothing?"))
+    seen, kernel = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def spy(module, query, key, value, mask, **options):
+        unit = torch.eye(key.shape[2]).expand(*key.shape[:2], -1, -1)
+        seen.append(kernel(module, query, key, unit, mask, **options)[0].transpose(1, 2))
+        return kernel(module, query, key, value, mask, **options)
+
+    with torch.no_grad():
+        attentions = recording.model(**inputs, output_attentions=True).attentions
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
+        recording.model(**inputs)
+    assert len(attentions) == len(seen) == recording.model.config.text_config.num_hidden_layers
+    real = inputs["attention_mask"].bool()
+    for weights, expected in zip(attentions, seen, strict=True):
+        weights, expected = weights.transpose(1, 2)[real], expected.transpose(1, 2)[real]
+        assert torch.allclose(weights, expected, atol=1e-5)
+
+
+def test_generate_returns_attention_of_every_step(recording):
+    inputs = encode(recording, messages("What is it?", IMAGES[0]))
+    length = inputs["input_ids"].shape[1]
+    output = recording.model.generate(**inputs, **SHORT, output_attentions=True, return_dict_in_generate=True)
+    assert torch.equal(output.sequences[:, length:], new_ids(recording, inputs))
+    shapes = [step[0].shape[-2:] for step in output.attentions]
+    assert shapes == [(length, length)] + [(1, length + step) for step in range(1, len(shapes))]
+    assert all(torch.allclose(layer.sum(-1), torch.ones(())) for step in output.attentions for layer in step)
+
+
+# -- conversations that keep their cache -------------------------------------------------------------------------------
+
+TURNS = [
+    ("What is it?", IMAGES[0]),
+    ("And then?", None),
+    ("Is <image> like <image>?", IMAGES[1:]),
+    ("Why?", None),
+    ("This one?", IMAGES[0]),
+]
+
+
+def chat_turn_by_turn(recording, session) -> tuple[list[int], list[int]]:
+    """Asks a session every question, and `chat` too; each turn's tokens, and how many the cache held."""
+    lengths, saved = [], []
+    for question, images in TURNS:
+        history = list(session.history)
+        answer = session.ask(question, images)
+        asked = session.history[-1][0]
+        assert session.history == [*history, (asked, answer)]
+        expected = recording.model.chat(recording.tokenizer, session.images, asked, SHORT, history=history)
+        assert answer == expected
+        prompt = recording.model._encode_chat(recording.tokenizer, [*history, (asked, None)], session.images)
+        lengths.append(prompt.shape[1])
+        saved.append(prompt.shape[1] - session.num_prefilled)
+    return lengths, saved
+
+
+def test_session_answers_as_chat_does_without_prefilling_again(recording):
+    lengths, saved = chat_turn_by_turn(recording, recording.model.chat_session(recording.tokenizer, SHORT))
+    assert saved[0] == 0
+    # A turn reuses at least the whole prompt of the turn before.
+    assert all(reused >= before - 2 for reused, before in zip(saved[1:], lengths, strict=False))
+
+
+def test_session_encodes_a_picture_once(recording):
+    encoded = []
+    hook = recording.model.vision_model.register_forward_pre_hook(lambda _, args: encoded.append(len(args[1])))
+    session = recording.model.chat_session(recording.tokenizer, SHORT)
+    for question, images in TURNS:
+        session.ask(question, images)
+    hook.remove()
+    first, second, third, again = session.images["num_scales"].tolist()
+    assert encoded == [first, second + third, again] and second > 1
+    assert session.history[-1][0] == "<image>\nThis one?"
+
+
+def test_session_streams(recording):
+    session = recording.model.chat_session(recording.tokenizer, {"max_new_tokens": 8})
+    session.ask("What is it?", IMAGES[0])
+    streamer = TextIteratorStreamer(recording.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answer = session.ask("And?", streamer=streamer)
+    assert "".join(streamer).strip() == answer
+
+
+def test_session_prefills_anew_where_keys_depend_on_the_length(recording, monkeypatch):
+    text = recording.model.config.text_config
+    monkeypatch.setattr(text, "rope_scaling", {"rope_type": "dynamic", "factor": 2.0})
+    monkeypatch.setattr(text, "max_position_embeddings", 300)
+    lengths, saved = chat_turn_by_turn(recording, recording.model.chat_session(recording.tokenizer, SHORT))
+    assert saved[1] > 0 and lengths[-1] > 300
+    assert all((reused == 0) == (length > 300) for reused, length in zip(saved[1:], lengths[1:], strict=True))
+
+
+def test_failed_turn_leaves_the_session_as_it_was(recording):
+    class Broken(TextIteratorStreamer):
+        def end(self):
+            raise RuntimeError("the listener is gone")
+
+    session = recording.model.chat_session(recording.tokenizer, SHORT)
+    session.ask("What is it?", IMAGES[0])
+    history, images = list(session.history), dict(session.images)
+    with pytest.raises(RuntimeError, match="the listener is gone"):
+        session.ask("And this?", IMAGES[1], streamer=Broken(recording.tokenizer))
+    for message, arguments in [
+        ("must be a text that is not empty", ("",)),
+        ("3 <image> placeholders but 2 images", ("<image> <image>", IMAGES[1])),
+        ("contains <|im_end|>", ("a<|im_end|>",)),
+    ]:
+        with pytest.raises(ValueError) as raised:
+            session.ask(*arguments)
+        assert message in str(raised.value)
+    assert session.history == history and session.images.keys() == images.keys()
+    expected = recording.model.chat(recording.tokenizer, IMAGES[0], "And now?", SHORT, history=history)
+    assert session.ask("And now?") == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 2}, "num_beams must be 1, got 2"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences must be 1, got 2"),
+        ({"use_cache": False}, "use_cache must be True, got False"),
+        ({"cache_implementation": "static"}, "cache_implementation must be None, got 'static'"),
+    ],
+)
+def test_sessions_refuse_what_has_no_cache_of_one_sequence(recording, settings, message):
+    with pytest.raises(ValueError, match=message):
+        recording.model.chat_session(recording.tokenizer, settings)
