@@ -168,6 +168,11 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         if missing:
             raise ValueError(f"the tokenizer lacks the tokens {', '.join(missing)}")
 
+    @classmethod
+    def convert_to_native_format(cls, *, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """What the constructor takes: all of `tokenizer.json`, of which transformers 5 would keep the vocabulary alone."""
+        return kwargs
+
     def apply_chat_template(
         self, conversation: Any, *args: Any, allow_control_tokens: bool = False, **kwargs: Any
     ) -> Any:
