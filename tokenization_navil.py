@@ -170,7 +170,7 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def convert_to_native_format(cls, *, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """What the constructor takes: all of `tokenizer.json`, of which transformers 5 would keep the vocabulary alone."""
+        """Constructor arguments: the whole `tokenizer.json`, where transformers 5 would take its vocabulary."""
         return kwargs
 
     def apply_chat_template(
