@@ -22,7 +22,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import HfApi, split_state_dict_into_shards_factory
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
@@ -822,6 +824,34 @@ def write_companions(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The Hub
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_hub_access(repo_id: str) -> None:
+    """Raises a ValueError for a name that no repository can have, and where nobody, or nobody known, is logged in."""
+    validate_repo_id(repo_id)
+    try:
+        HfApi().whoami()
+    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
+        raise ValueError(f"cannot push: log in by `hf auth login` or set HF_TOKEN ({error})") from error
+
+
+def push_folder(folder: Path, repo_id: str) -> str:
+    """Pushes a model folder in one commit, to a new repository where there is none; the repository's address.
+
+    Raises:
+        ValueError: the Hub refuses; the folder stays.
+    """
+    try:
+        url = HfApi().create_repo(repo_id, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload NaViL")
+    except HfHubHTTPError as error:
+        raise ValueError(f"cannot push {folder}: {error}\nTry again by: hf upload {repo_id} {folder}") from error
+    return str(url)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -837,6 +867,7 @@ def build_parser() -> argparse.ArgumentParser:
     official.add_argument("destination", type=Path, metavar="DST", help="new folder")
     official.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the weights (default: the source's)")
     official.add_argument("--max-shard-size", default="1GB", help="largest weight file (default: %(default)s)")
+    official.add_argument("--push-to-hub", metavar="REPO", help="then push the folder, to USER/NAME")
     tokenizer = commands.add_parser("tokenizer", help="a released tokenizer -> tokenizer files alone")
     tokenizer.add_argument("source", type=Path, metavar="SRC", help="folder with the released tokenizer")
     tokenizer.add_argument("destination", type=Path, metavar="DST", help="new folder")
@@ -851,11 +882,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.source.is_dir():
             raise ValueError(f"{options.source} is not a folder")
+        repo_id = getattr(options, "push_to_hub", None)
+        if repo_id is not None:
+            check_hub_access(repo_id)
         with new_folder(options.destination) as folder:
             if options.command == "official":
                 convert_official(options.source, folder, DTYPES.get(options.dtype), options.max_shard_size)
             else:
                 convert_tokenizer(options.source, options.template).save_pretrained(folder)
+        if repo_id is not None:
+            print(f"pushed to {push_folder(options.destination, repo_id)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1

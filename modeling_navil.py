@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.utils import can_return_tuple, is_flash_attn_2_available
+from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from .configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 from .image_processing_navil import NaViLImageProcessor
@@ -306,6 +307,13 @@ class NaViLPreTrainedModel(PreTrainedModel):
     _supports_cache_class = True
     _supports_static_cache = True
     _supports_quantized_cache = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, load_in_8bit: bool = False, **kwargs: Any) -> "NaViLPreTrainedModel":
+        """As in transformers, with the flag of the released examples that transformers 5 no longer takes."""
+        if load_in_8bit:
+            kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        return super().from_pretrained(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.get_text_config().initializer_range

@@ -173,6 +173,11 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         if missing:
             raise ValueError(f"the tokenizer lacks the tokens {', '.join(missing)}")
 
+    @classmethod
+    def convert_to_native_format(cls, *, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """Constructor arguments: the whole `tokenizer.json`, where transformers 5 would take its vocabulary."""
+        return kwargs
+
     def apply_chat_template(
         self, conversation: Any, *args: Any, allow_control_tokens: bool = False, **kwargs: Any
     ) -> Any:

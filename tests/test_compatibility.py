@@ -1,0 +1,196 @@
+"""What every supported transformers version must do with the same files; `tests/compat.sh` runs it under each of them.
+
+transformers 5 can load a model without an error and yet wrongly: weights initialised anew, buffers left empty, a
+tokenizer rebuilt from its vocabulary alone. So everything is compared with the files or with recordings.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, recorded_image, relative_error
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+LOADING = {
+    "plain": {},
+    "one device": {"device_map": "cpu"},
+    "meta device first": {"low_cpu_mem_usage": True},
+    "released call": {"torch_dtype": torch.float32, "low_cpu_mem_usage": True, "load_in_8bit": False},
+    "eager": {"attn_implementation": "eager"},
+}
+
+
+def assert_weights_are_the_files(model, folder):
+    stored = load_file(folder / "model.safetensors")
+    loaded = model.state_dict()
+    head = "language_model.lm_head.weight"
+    if head not in stored:
+        assert loaded[head].data_ptr() == loaded["language_model.model.embed_tokens.weight"].data_ptr()
+        loaded.pop(head)
+    assert loaded.keys() == stored.keys()
+    assert [name for name in stored if not torch.equal(loaded[name], stored[name])] == []
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("options", LOADING.values(), ids=LOADING)
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText])
+def test_loaded_weights_are_the_files(recording, auto_class, options):
+    torch.manual_seed(1)  # an initialisation that ran after loading would show
+    model, report = auto_class.from_pretrained(
+        recording.folder, trust_remote_code=True, output_loading_info=True, **options
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_weights_are_the_files(model, recording.folder)
+    with torch.no_grad():
+        logits = model.eval()(**recording.inputs("single")).logits
+    assert relative_error(logits, recording.tensors("single")["logits"]) < 1e-5
+
+
+def test_loaded_weights_are_the_files_of_the_embedded_model():
+    options = {"subfolder": "tiny", "trust_remote_code": True}
+    model = AutoModel.from_pretrained(ROOT, **options).eval()
+    assert_weights_are_the_files(model, ROOT / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT, **options)
+    for example in json.loads((ROOT / "examples" / "answers.json").read_text()):
+        assert model.chat(tokenizer, ROOT / example["image"], example["question"]) == example["answer"]
+
+
+def test_half_precision_is_the_file_rounded(recording):
+    model = AutoModel.from_pretrained(recording.folder, trust_remote_code=True, torch_dtype=torch.bfloat16)
+    stored = load_file(recording.folder / "model.safetensors")
+    loaded = model.state_dict()
+    assert [name for name in stored if not torch.equal(loaded[name], stored[name].bfloat16())] == []
+
+
+def test_missing_weights_alone_are_initialised(recording, tmp_path):
+    """What a fine-tune does that begins with a part of a checkpoint."""
+    torch.manual_seed(1)
+    recording.model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    dropped = [name for name in stored if name.startswith(("connector.", "vision_model.blocks.0."))]
+    kept = {name: tensor for name, tensor in stored.items() if name not in dropped}
+    model = type(recording.model).from_pretrained(None, config=recording.model.config, state_dict=kept)
+    loaded = model.state_dict()
+    assert [name for name in kept if not torch.equal(loaded[name], kept[name])] == []
+    assert torch.equal(loaded["connector.norm.weight"], torch.ones_like(loaded["connector.norm.weight"]))
+    scale = loaded["vision_model.blocks.0.ls1"]
+    assert torch.equal(scale, torch.full_like(scale, recording.model.config.vision_config.layer_scale_init))
+    assert loaded["connector.fc1.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_tokenizer_is_its_file(recording):
+    plain = Tokenizer.from_file(str(recording.folder / "tokenizer.json"))
+    for text in (
+        "What is in this picture?",
+        " 10 + 2  = 12.\n",
+        "你好，世界 <ref>a</ref><box>[[1, 2]]</box>",
+        "naïve 🙂",
+    ):
+        ids = recording.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == plain.encode(text, add_special_tokens=False).ids
+        assert recording.tokenizer.decode(ids, spaces_between_special_tokens=False) == plain.decode(
+            ids, skip_special_tokens=False
+        )
+
+
+def conversation(text, *images):
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}, {"cache_implementation": "static"}],
+    ids=["greedy", "beams", "samples", "static cache"],
+)
+def test_generate_from_messages(recording, settings):
+    messages = conversation("What differs?", recorded_image(90, 60, 0), recorded_image(40, 70, 1))
+    inputs = recording.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    output = recording.model.generate(**inputs, **{**GREEDY, **settings})
+    assert output.shape == (settings.get("num_return_sequences", 1), inputs["input_ids"].shape[1] + 6)
+    assert torch.equal(output[:, : inputs["input_ids"].shape[1]], inputs["input_ids"].expand(len(output), -1))
+    if "do_sample" not in settings and "num_beams" not in settings:
+        sequence = inputs["input_ids"]
+        images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "num_scales")}
+        for _ in range(6):
+            with torch.no_grad():
+                logits = recording.model(input_ids=sequence, use_cache=False, **images).logits
+            sequence = torch.cat([sequence, logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(output, sequence)
+
+
+def test_padded_batch_equals_one_by_one(recording):
+    batch = [conversation("What?", recorded_image(90, 60, 0)), conversation("And what else is there to say?")]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    padded = recording.processor.apply_chat_template(batch, padding=True, **options)
+    together = recording.model.generate(**padded, **GREEDY)[:, padded["input_ids"].shape[1] :]
+    for row, messages in zip(together, batch, strict=True):
+        inputs = recording.processor.apply_chat_template(messages, **options)
+        alone = recording.model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+        assert torch.equal(row, alone)
+
+
+RELOAD = """
+import sys, torch
+from transformers import AutoModel, AutoProcessor
+folder, expected = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+saved = torch.load(expected)
+with torch.no_grad():
+    logits = model(**saved["inputs"]).logits
+assert torch.equal(logits, saved["logits"]), (logits - saved["logits"]).abs().max()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+assert processor.tokenizer(saved["text"])["input_ids"] == saved["ids"]
+assert processor.image_processor.to_dict() == saved["image settings"]
+"""
+
+
+@pytest.mark.parametrize("name", ["internlm2", "qwen3", "tiny"])
+def test_saved_folder_reloads_in_a_fresh_process(recordings, tmp_path, monkeypatch, name):
+    if name == "tiny":  # with tied embeddings
+        options = {"subfolder": "tiny", "trust_remote_code": True}
+        model = AutoModel.from_pretrained(ROOT, **options).eval()
+        processor = AutoProcessor.from_pretrained(ROOT, **options)
+    else:
+        model, processor = recordings[name].model, recordings[name].processor
+    folder = tmp_path / "saved"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    messages = conversation("What is it?", recorded_image(90, 60, 0))
+    inputs = dict(processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt"))
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    text = "Was ist das? 你好"
+    expected = {
+        **{"inputs": inputs, "logits": logits, "text": text, "ids": processor.tokenizer(text)["input_ids"]},
+        "image settings": processor.image_processor.to_dict(),
+    }
+    torch.save(expected, tmp_path / "expected.pt")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    command = [sys.executable, "-c", RELOAD, str(folder), str(tmp_path / "expected.pt")]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_training_step(recording, checkpointing):
+    model = AutoModel.from_pretrained(recording.folder, trust_remote_code=True).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = recording.inputs("single") | {"labels": recording.tensors("single")["labels"]}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(2):
+        loss = model(**inputs).loss
+        loss.backward()
+        assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(recording.tensors("single")["loss"].item(), abs=1e-4)
+    assert losses[1] < losses[0]
