@@ -7,8 +7,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import load_image as fetch_image
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin
 
-from .image_processing_navil import flatten_images, load_image
-from .tokenization_navil import IMAGE_PLACEHOLDER, content_parts, expand_image_slots
+from .image_processing_navil import flatten_images
+from .tokenization_navil import IMAGE_PLACEHOLDER, check_texts, content_parts, expand_image_slots, list_conversations
 
 
 class NaViLImagesKwargs(ImagesKwargs, total=False):
@@ -44,6 +44,7 @@ class NaViLProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         audio: None = None,
         videos: None = None,
+        allow_control_tokens: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Packs images and tokenizes prompts that say `<image>` once per image.
@@ -53,6 +54,7 @@ class NaViLProcessor(ProcessorMixin):
                 list per prompt.
             text: a prompt or a list of prompts.
             audio, videos: not supported, must be None.
+            allow_control_tokens: let slot tokens through that are in a prompt already.
             kwargs: settings of the image processor (`multi_scale`, True by default, `min_pixels`, `max_pixels`,
                 `scale_downsample_ratio`) and of the tokenizer (`padding`, `return_tensors`, ...).
 
@@ -61,10 +63,11 @@ class NaViLProcessor(ProcessorMixin):
             `image_grid_thw` (scales, 3) and `num_scales` (images,).
 
         Raises:
-            ValueError: another number of images than of placeholders, slot tokens in the text, audio or video.
+            ValueError: no text, another number of images than of placeholders, slot tokens in the text, audio or video.
         """
-        if text is None:
+        if text is None or not isinstance(text, str) and not text:
             raise ValueError("text is required")
+        check_texts(text)
         if audio is not None or videos is not None:
             raise ValueError("NaViL takes images and text, not audio or video")
         options = self._merge_kwargs(NaViLProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
@@ -75,7 +78,7 @@ class NaViLProcessor(ProcessorMixin):
             _check_rows(images, texts)
             features = dict(self.image_processor(images, **options["images_kwargs"]))
             grids, num_scales = features["image_grid_thw"].tolist(), features["num_scales"].tolist()
-        texts = expand_image_slots(texts, grids, num_scales, self.image_processor.merge_size)
+        texts = expand_image_slots(texts, grids, num_scales, self.image_processor.merge_size, allow_control_tokens)
         text_options = options["text_kwargs"]
         return_tensors = text_options.pop("return_tensors", None)
         # The chat template writes <s> itself where the tokenizer does.
@@ -108,10 +111,10 @@ class NaViLProcessor(ProcessorMixin):
         Raises:
             ValueError: no message, content of an unknown kind, an unreadable image, or a special token in a message.
         """
-        is_batched = bool(conversation) and not isinstance(conversation[0], dict)
-        conversations = conversation if is_batched else [conversation]
+        conversations = list_conversations(conversation)
+        is_batched = not isinstance(conversation[0], dict)
         if add_generation_prompt is None:
-            asked = [bool(messages) and messages[-1].get("role") == "user" for messages in conversations]
+            asked = [messages[-1]["role"] == "user" for messages in conversations]
             add_generation_prompt = all(asked) and not continue_final_message
         prompts = self.tokenizer.apply_chat_template(
             conversations,
@@ -124,7 +127,7 @@ class NaViLProcessor(ProcessorMixin):
         if not tokenize:
             return prompts if is_batched else prompts[0]
         images = [[image for message in messages for image in _images_of(message)] for messages in conversations]
-        features = self(images=images, text=prompts, **kwargs)
+        features = self(images=images, text=prompts, allow_control_tokens=allow_control_tokens, **kwargs)
         return features if return_dict else features["input_ids"]
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
@@ -154,11 +157,11 @@ def _check_rows(images: Any, texts: Sequence[str]) -> None:
 
 
 def _images_of(message: dict[str, Any]) -> list[Any]:
-    """A message's images, loaded."""
-    return [_load_part(part) for part in content_parts(message) if part["type"] == "image"]
+    """A message's images, as the image processor takes them."""
+    return [_image_source(part) for part in content_parts(message) if part["type"] == "image"]
 
 
-def _load_part(part: dict[str, Any]) -> Any:
+def _image_source(part: dict[str, Any]) -> Any:
     source = next((part[key] for key in ("image", "path", "url", "base64") if key in part), None)
     if source is None:
         raise ValueError(f"an image part needs one of image, path, url or base64; got {part!r:.80}")
@@ -167,7 +170,7 @@ def _load_part(part: dict[str, Any]) -> Any:
             source = fetch_image(source)
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"cannot read an image from {source!r:.80}: {error}") from error
-    return load_image(source)
+    return source
 
 
 NaViLProcessor.register_for_auto_class()
