@@ -14,6 +14,8 @@ Shapes: B batch, L tokens of a sequence, T = B*L tokens, V visual tokens (merged
 
 import math
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -293,6 +295,16 @@ class NaViLVisionBlock(nn.Module):
         return x + self.ls2 * self.mlp(self.norm2(x))
 
 
+class _StaticCaches(threading.local):
+    """Each thread's static cache of each model."""
+
+    def __init__(self):
+        self.of_model = weakref.WeakKeyDictionary()
+
+
+_STATIC_CACHES = _StaticCaches()
+
+
 class NaViLPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation shared by all parts of NaViL."""
 
@@ -330,6 +342,17 @@ class NaViLPreTrainedModel(PreTrainedModel):
     ) -> Tensor:
         """The mask that `generate` prepares for static caches, so that a compiled forward sees one shape."""
         return additive_mask(causal_pairs(attention_mask, cache_position, target_length), dtype)
+
+    @property
+    def _cache(self) -> Cache:
+        """Where `generate` keeps a static cache for its next call: kept by thread, or threads would write over it."""
+        if self not in _STATIC_CACHES.of_model:
+            raise AttributeError("no static cache yet")
+        return _STATIC_CACHES.of_model[self]
+
+    @_cache.setter
+    def _cache(self, cache: Cache) -> None:
+        _STATIC_CACHES.of_model[self] = cache
 
     def _run(self, layer: nn.Module, *args: Any) -> Any:
         """Calls a layer, recomputing it in the backward pass when gradient checkpointing is on."""
