@@ -7,7 +7,7 @@ Sizes are counted in these units throughout the package:
 * merged cell: `spatial_merge_size` x `spatial_merge_size` patches, one visual token of the decoder.
 """
 
-import math
+import sys
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
@@ -28,12 +28,23 @@ NORM_TYPES = ("rms_norm", "layer_norm")
 ROPE_SCALING_TYPES = ("default", "linear", "dynamic")
 
 
+def _is_number(value: Any, kind: type = float) -> bool:
+    """A finite number that `kind` can hold; a whole number counts as a float too."""
+    return isinstance(value, int | kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def _require_positive(config: PretrainedConfig, kind: type, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        is_number = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or value <= 0:
-            raise ValueError(f"{type(config).__name__}.{name} must be a positive {kind.__name__}, got {value!r}")
+        if not _is_number(value, kind) or value <= 0:
+            raise ValueError(f"{type(config).__name__}.{name} must be a positive {kind.__name__}, got {value!r:.80}")
+
+
+def _require_bool(config: PretrainedConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, bool):
+            raise ValueError(f"{type(config).__name__}.{name} must be true or false, got {value!r:.80}")
 
 
 def _require_divisible(config: PretrainedConfig, name: str, divisor_name: str, divisor: int) -> None:
@@ -44,11 +55,19 @@ def _require_divisible(config: PretrainedConfig, name: str, divisor_name: str, d
         )
 
 
+def _reject_derived(config: PretrainedConfig, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        derived = getattr(type(config), name, None)
+        if isinstance(derived, property) and derived.fset is None:
+            raise ValueError(f"{type(config).__name__}.{name} follows from other settings, got {value!r:.80} for it")
+
+
 class _NaViLPartConfig(PretrainedConfig):
     def __init__(self, **kwargs: Any):
         # transformers 4.51 saves that a nested config's attention was chosen, but not the choice, and would fall back
         # to eager attention on reload.
         kwargs.pop("_attn_implementation_autoset", None)
+        _reject_derived(self, kwargs)
         super().__init__(**kwargs)
 
 
@@ -124,6 +143,9 @@ class NaViLVisionConfig(_NaViLPartConfig):
             *("spatial_merge_size", "window_size"),
         )
         _require_positive(self, float, "layer_norm_eps", "rope_theta", "initializer_range")
+        _require_bool(self, "qkv_bias")
+        if not _is_number(self.layer_scale_init):
+            raise ValueError(f"layer_scale_init must be a number, got {self.layer_scale_init!r:.80}")
         _require_divisible(self, "hidden_size", "4 * num_attention_heads", 4 * self.num_attention_heads)
         _require_divisible(self, "window_size", "spatial_merge_size", self.spatial_merge_size)
         if self.norm_type not in NORM_TYPES:
@@ -132,7 +154,10 @@ class NaViLVisionConfig(_NaViLPartConfig):
             raise ValueError(
                 f"visual_token_order must be one of {VISUAL_TOKEN_ORDERS}, got {self.visual_token_order!r}"
             )
-        outside = [i for i in self.fullatt_block_indexes or [] if not 0 <= i < self.num_hidden_layers]
+        blocks = [] if self.fullatt_block_indexes is None else self.fullatt_block_indexes
+        if not isinstance(blocks, list | tuple) or not all(_is_number(block, int) for block in blocks):
+            raise ValueError(f"fullatt_block_indexes must be a list of whole numbers, got {blocks!r:.80}")
+        outside = [block for block in blocks if not 0 <= block < self.num_hidden_layers]
         if outside:
             raise ValueError(f"fullatt_block_indexes {outside} lie outside the {self.num_hidden_layers} blocks")
 
@@ -221,6 +246,7 @@ class NaViLTextConfig(_NaViLPartConfig):
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
         if head_dim is None:
+            _require_positive(self, int, "hidden_size", "num_attention_heads")
             _require_divisible(self, "hidden_size", "num_attention_heads", num_attention_heads)
             head_dim = hidden_size // num_attention_heads
         self.head_dim = head_dim
@@ -244,17 +270,20 @@ class NaViLTextConfig(_NaViLPartConfig):
             *("num_key_value_heads", "head_dim", "max_position_embeddings"),
         )
         _require_positive(self, float, "rms_norm_eps", "rope_theta", "initializer_range")
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"attention_dropout must lie in [0, 1), got {self.attention_dropout}")
+        _require_bool(self, "qk_norm", "attention_bias", "attention_output_bias", "use_cache", "tie_word_embeddings")
+        if not _is_number(self.attention_dropout) or not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout must lie in [0, 1), got {self.attention_dropout!r:.80}")
         _require_divisible(self, "num_attention_heads", "num_key_value_heads", self.num_key_value_heads)
         _require_divisible(self, "head_dim", "2", 2)
         if self.rope_scaling is None:
             return
+        if not isinstance(self.rope_scaling, dict):
+            raise ValueError(f"rope_scaling must be None or a dict, got {self.rope_scaling!r:.80}")
         if self.rope_type not in ROPE_SCALING_TYPES:
             raise ValueError(f"rope_scaling type must be one of {ROPE_SCALING_TYPES}, got {self.rope_scaling!r}")
         factor = self.rope_scaling.get("factor", 1.0)
-        if not isinstance(factor, int | float) or factor < 1:
-            raise ValueError(f"rope_scaling factor must be a number of at least 1, got {factor!r}")
+        if not _is_number(factor) or factor < 1:
+            raise ValueError(f"rope_scaling factor must be a number of at least 1, got {factor!r:.80}")
 
     @property
     def rope_type(self) -> str:
@@ -264,6 +293,11 @@ class NaViLTextConfig(_NaViLPartConfig):
     @property
     def rope_factor(self) -> float:
         return float((self.rope_scaling or {}).get("factor", 1.0))
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt may have: `max_position_embeddings`, times the factor of dynamic NTK scaling."""
+        return int(self.max_position_embeddings * (self.rope_factor if self.rope_type == "dynamic" else 1))
 
 
 class NaViLConfig(PretrainedConfig):
@@ -295,9 +329,9 @@ class NaViLConfig(PretrainedConfig):
         **kwargs: Any,
     ):
         if not isinstance(vision_config, NaViLVisionConfig):
-            vision_config = NaViLVisionConfig(**(vision_config or _NAVIL_2B_VISION))
+            vision_config = NaViLVisionConfig(**_part_settings("vision_config", vision_config, _NAVIL_2B_VISION))
         if not isinstance(text_config, NaViLTextConfig):
-            text_config = NaViLTextConfig(**(text_config or _NAVIL_2B_TEXT))
+            text_config = NaViLTextConfig(**_part_settings("text_config", text_config, _NAVIL_2B_TEXT))
         self.vision_config = vision_config
         self.text_config = text_config
         self.image_token_id = image_token_id
@@ -305,6 +339,7 @@ class NaViLConfig(PretrainedConfig):
         self.min_dynamic_patch = min_dynamic_patch
         self.max_dynamic_patch = max_dynamic_patch
         self.scale_downsample_ratio = scale_downsample_ratio
+        _reject_derived(self, kwargs)
         kwargs["auto_map"] = dict(AUTO_MAP)
         kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
         super().__init__(**kwargs)
@@ -321,7 +356,11 @@ class NaViLConfig(PretrainedConfig):
             raise ValueError(f"scale_downsample_ratio must lie between 0 and 1, got {self.scale_downsample_ratio}")
         for name in ("image_token_id", "image_start_token_id"):
             token_id = getattr(self, name)
-            if token_id is not None and not 0 <= token_id < self.text_config.vocab_size:
+            if token_id is None:
+                continue
+            if not _is_number(token_id, int):
+                raise ValueError(f"{name} must be a whole number, got {token_id!r:.80}")
+            if not 0 <= token_id < self.text_config.vocab_size:
                 raise ValueError(f"{name} {token_id} lies outside the vocabulary of {self.text_config.vocab_size}")
 
     @property
@@ -347,6 +386,12 @@ class NaViLConfig(PretrainedConfig):
     def navil_9b(cls, **overrides: Any) -> "NaViLConfig":
         """NaViL-9B: a 1.2 B encoder and Qwen3-8B (paper, Table 6)."""
         return cls(vision_config=dict(_NAVIL_9B_VISION), text_config=dict(_NAVIL_9B_TEXT), **overrides)
+
+
+def _part_settings(name: str, settings: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+    if settings is not None and not isinstance(settings, dict):
+        raise ValueError(f"{name} must be a config, a dict or None, got {settings!r:.80}")
+    return settings or defaults
 
 
 _NAVIL_2B_VISION = {

@@ -12,7 +12,10 @@ Shapes: B batch, L tokens of a sequence, T = B*L tokens, V visual tokens (merged
 (each scale of each frame is an attention segment), D hidden size, H heads, K key/value heads, E head dimension.
 """
 
+import math
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,7 +34,14 @@ from transformers.utils import can_return_tuple, is_flash_attn_2_available
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from .configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
-from .image_processing_navil import NaViLImageProcessor
+from .image_processing_navil import (
+    NaViLImageProcessor,
+    context_error,
+    count_grid_tokens,
+    flatten_images,
+    largest_fitting_budget,
+    possible_sizes,
+)
 from .processing_navil import NaViLProcessor
 from .session_navil import NaViLChatSession
 from .tokenization_navil import END_OF_TURN, expand_image_slots, put_images_in_front
@@ -291,6 +301,16 @@ class NaViLVisionBlock(nn.Module):
         return torch.addcmul(x, self.ls2, self.mlp(self.norm2(x)))
 
 
+class _StaticCaches(threading.local):
+    """Each thread's static cache of each model."""
+
+    def __init__(self):
+        self.of_model = weakref.WeakKeyDictionary()
+
+
+_STATIC_CACHES = _StaticCaches()
+
+
 class NaViLPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation shared by all parts of NaViL."""
 
@@ -335,6 +355,17 @@ class NaViLPreTrainedModel(PreTrainedModel):
     ) -> Tensor:
         """The mask that `generate` prepares for static caches, so that a compiled forward sees one shape."""
         return additive_mask(causal_pairs(attention_mask, cache_position, target_length), dtype)
+
+    @property
+    def _cache(self) -> Cache:
+        """Where `generate` keeps a static cache for its next call: kept by thread, or threads would write over it."""
+        if self not in _STATIC_CACHES.of_model:
+            raise AttributeError("no static cache yet")
+        return _STATIC_CACHES.of_model[self]
+
+    @_cache.setter
+    def _cache(self, cache: Cache) -> None:
+        _STATIC_CACHES.of_model[self] = cache
 
     def _run(self, layer: nn.Module, *args: Any) -> Any:
         """Calls a layer, recomputing it in the backward pass when gradient checkpointing is on."""
@@ -1114,6 +1145,50 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: a prompt beyond the context length, with both numbers and a `max_pixels` that would fit.
+        """
+        prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompt = next((prompt for prompt in prompts if prompt is not None), None)
+        if prompt is not None and prompt.shape[1] > self.config.text_config.context_length:
+            names = ("attention_mask", "image_grid_thw", "num_scales")
+            self._check_context(prompt, **{name: kwargs.get(name) for name in names})
+        return super().generate(inputs, *args, **kwargs)
+
+    def _check_context(
+        self, prompt: Tensor, attention_mask: Tensor | None, image_grid_thw: Tensor | None, num_scales: Tensor | None
+    ) -> None:
+        """Raises a ValueError when a row of prompts, (B, L) or (B, L, D), is longer than the context."""
+        limit = self.config.text_config.context_length
+        lengths = torch.full((len(prompt),), prompt.shape[1])
+        if attention_mask is not None and attention_mask.ndim == 2:
+            lengths = attention_mask.sum(-1).cpu()
+        num_tokens, row = int(lengths.max()), int(lengths.argmax())
+        if num_tokens <= limit:
+            return
+        if image_grid_thw is None or prompt.is_floating_point():
+            raise context_error(num_tokens, limit)
+        num_scales = torch.ones(len(image_grid_thw), dtype=torch.long) if num_scales is None else num_scales.cpu()
+        is_of_row = (self._row_of_scale(prompt, image_grid_thw) == row).tolist()
+        images = [grids.tolist() for grids in image_grid_thw.cpu().split(num_scales.tolist())]
+        first_scales = (num_scales.cumsum(0) - num_scales).tolist()
+        images = [grids for grids, first in zip(images, first_scales, strict=True) if is_of_row[first]]
+        num_text = num_tokens - sum(count_grid_tokens(grids, self.image_processor.merge_size) for grids in images)
+        raise context_error(num_tokens, limit, len(images), self._fitting_budget(images, limit - num_text))
+
+    def _fitting_budget(self, images: list[list[list[int]]], max_tokens: int) -> int | None:
+        """A `max_pixels` with which images known by their grids alone fit, whatever they were unpadded."""
+        processor = self.image_processor
+        patch, cell = processor.patch_size, processor.patch_size * processor.merge_size
+        sizes = [
+            possible_sizes(rows * patch, columns * patch, cell) for _, rows, columns in (grids[-1] for grids in images)
+        ]
+        tau = processor.scale_downsample_ratio if any(len(grids) > 1 for grids in images) else None
+        return largest_fitting_budget(sizes, cell, processor.min_pixels, math.inf, tau, max_tokens)
+
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, visual_token_mask: Tensor | None = None, **kwargs
     ) -> dict[str, Any]:
@@ -1164,16 +1239,12 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
     def _repeat_images(
         self, input_ids: Tensor, times: int, pixel_values: Tensor, image_grid_thw: Tensor, num_scales: Tensor | None
     ) -> dict[str, Tensor | None]:
-        # Which rows' slots a scale fills: slots and scales are both in order over the batch.
-        slots_before = (input_ids == self.config.image_token_id).sum(-1).cumsum(0)  # (B,)
-        patches_per_scale = image_grid_thw.prod(-1)
-        cells_before = (patches_per_scale // self.config.vision_config.spatial_merge_size**2).cumsum(0)
-        row_of_scale = torch.searchsorted(slots_before, cells_before.to(slots_before.device)).to(image_grid_thw.device)
+        row_of_scale = self._row_of_scale(input_ids, image_grid_thw)
 
         def repeat(x: Tensor, row: Tensor) -> Tensor:
             return torch.cat([x[row == index].repeat(times, *[1] * (x.ndim - 1)) for index in range(len(input_ids))])
 
-        row_of_patch = row_of_scale.repeat_interleave(patches_per_scale)
+        row_of_patch = row_of_scale.repeat_interleave(image_grid_thw.prod(-1))
         if num_scales is not None:
             num_scales = repeat(num_scales, row_of_scale[num_scales.cumsum(0) - 1])
         return {
@@ -1181,6 +1252,12 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             "image_grid_thw": repeat(image_grid_thw, row_of_scale),
             "num_scales": num_scales,
         }
+
+    def _row_of_scale(self, input_ids: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """(S,) which row's slots a scale fills: slots and scales are both in order over the batch."""
+        slots_before = (input_ids == self.config.image_token_id).sum(-1).cumsum(0)  # (B,)
+        cells_before = (image_grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2).cumsum(0)
+        return torch.searchsorted(slots_before, cells_before.to(slots_before.device)).to(image_grid_thw.device)
 
     # -- chat ----------------------------------------------------------------------------------------------------------
 
@@ -1198,6 +1275,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
         anyres_image_size: bool = True,
         verbose: bool = False,
         streamer: Any = None,
+        allow_control_tokens: bool = False,
     ) -> str | tuple[str, list[tuple[str, str]]]:
         """Answers a question about images, or about none.
 
@@ -1214,25 +1292,35 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             anyres_image_size: always True, the only mode that NaViL has.
             verbose: write the question and the answer to the standard output.
             streamer: receives tokens as they are generated, as in `generate`.
+            allow_control_tokens: let special tokens through that are typed in the question or the history, as the
+                released code does.
 
         Raises:
             ValueError: an empty question, a history that is not pairs of texts, special tokens in the text, another
-                number of `<image>` than of images, or image inputs that do not fit together.
+                number of `<image>` than of images, image inputs that do not fit together, or more tokens than the
+                context holds.
         """
         if not anyres_image_size:
             raise ValueError("anyres_image_size must be True: NaViL sees images at their own resolution only")
         self._check_question(question)
         if self.config.image_token_id is None:
             self.init_special_token_ids(tokenizer)
-        images = self._image_inputs(pixel_values, num_patches_list, num_scales)
         history = list(history or [])
         for turn in history:
             if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
                 raise ValueError(f"history must be (question, answer) pairs of texts, got {turn!r:.80}")
+
+        def count_text(num_images: int) -> int:
+            asked = question if history else put_images_in_front(question, num_images)
+            empty = {"image_grid_thw": torch.empty(0, 3), "num_scales": torch.zeros(num_images, dtype=torch.long)}
+            ids = self._encode_chat(tokenizer, [*history, (asked, None)], empty, allow_control_tokens)
+            return ids.shape[1] - 2 * num_images  # <img> and </img> are there already
+
+        images = self._image_inputs(pixel_values, num_patches_list, num_scales, count_text)
         if not history:
             question = put_images_in_front(question, len(images.get("num_scales", ())))
 
-        input_ids = self._encode_chat(tokenizer, [*history, (question, None)], images)
+        input_ids = self._encode_chat(tokenizer, [*history, (question, None)], images, allow_control_tokens)
         settings = self._chat_settings(tokenizer, generation_config, streamer)
         _, answer = self._answer(tokenizer, input_ids, images | settings)
         if verbose:
@@ -1277,7 +1365,11 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
         return {**settings, "return_dict_in_generate": False}
 
     def _encode_chat(
-        self, tokenizer: Any, turns: Sequence[tuple[str, str | None]], images: dict[str, Tensor]
+        self,
+        tokenizer: Any,
+        turns: Sequence[tuple[str, str | None]],
+        images: dict[str, Tensor],
+        allow_control_tokens: bool = False,
     ) -> Tensor:
         """Ids (1, L) of a conversation whose last turn has no answer yet."""
         messages = []
@@ -1285,16 +1377,24 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
             messages.append({"role": "user", "content": question})
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, allow_control_tokens=allow_control_tokens
+        )
         grids = images["image_grid_thw"].tolist() if images else []
         num_scales = images["num_scales"].tolist() if images else []
         merge_size = self.config.vision_config.spatial_merge_size
-        [prompt] = expand_image_slots([prompt], grids, num_scales, merge_size)
+        [prompt] = expand_image_slots([prompt], grids, num_scales, merge_size, allow_control_tokens)
         input_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
         return input_ids.to(self.device)
 
-    def _image_inputs(self, pixel_values: Any, grids: Any, num_scales: Any) -> dict[str, Tensor]:
-        """Every form of image input that `chat` takes -> `pixel_values`, `image_grid_thw` and `num_scales`."""
+    def _image_inputs(
+        self, pixel_values: Any, grids: Any, num_scales: Any, count_text: Callable[[int], int] | None = None
+    ) -> dict[str, Tensor]:
+        """Every form of image input that `chat` takes -> `pixel_values`, `image_grid_thw` and `num_scales`.
+
+        `count_text` says how many tokens of text there are beside so many images, to refuse images beyond the context
+        before they fill the memory.
+        """
         if pixel_values is None or isinstance(pixel_values, list | tuple) and not pixel_values:
             if grids is not None or num_scales is not None:
                 raise ValueError("num_patches_list and num_scales need pixel_values")
@@ -1309,7 +1409,14 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
         elif grids is None:
             if num_scales is not None or self._are_patches(pixel_values):
                 raise ValueError("patches and num_scales need num_patches_list, the image processor's image_grid_thw")
-            images = self.image_processor(pixel_values, multi_scale=True, return_tensors="pt")
+            context = {}
+            if count_text is not None:
+                num_text_tokens = count_text(len(flatten_images(pixel_values)))
+                context = {
+                    "context_length": self.config.text_config.context_length,
+                    "num_text_tokens": num_text_tokens,
+                }
+            images = self.image_processor(pixel_values, multi_scale=True, return_tensors="pt", **context)
             return {name: tensor.to(self.device) for name, tensor in images.items()}
         images = self._packed_inputs(pixel_values, grids, num_scales)
         return {name: tensor.to(self.device) for name, tensor in images.items()}

@@ -12,8 +12,8 @@ from transformers.image_utils import load_image as fetch_image
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import BatchEncoding
 
-from .image_processing_navil import flatten_images, load_image
-from .tokenization_navil import IMAGE_PLACEHOLDER, content_parts, expand_image_slots
+from .image_processing_navil import flatten_images
+from .tokenization_navil import IMAGE_PLACEHOLDER, check_texts, content_parts, expand_image_slots, list_conversations
 
 IGNORE_INDEX = -100
 
@@ -51,6 +51,7 @@ class NaViLProcessor(ProcessorMixin):
         text: str | Sequence[str] | None = None,
         audio: None = None,
         videos: None = None,
+        allow_control_tokens: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Packs images and tokenizes prompts that say `<image>` once per image.
@@ -60,6 +61,7 @@ class NaViLProcessor(ProcessorMixin):
                 list per prompt.
             text: a prompt or a list of prompts.
             audio, videos: not supported, must be None.
+            allow_control_tokens: let slot tokens through that are in a prompt already.
             kwargs: settings of the image processor (`multi_scale`, True by default, `min_pixels`, `max_pixels`,
                 `scale_downsample_ratio`) and of the tokenizer (`padding`, `return_tensors`, ...).
 
@@ -68,10 +70,11 @@ class NaViLProcessor(ProcessorMixin):
             `image_grid_thw` (scales, 3) and `num_scales` (images,).
 
         Raises:
-            ValueError: another number of images than of placeholders, slot tokens in the text, audio or video.
+            ValueError: no text, another number of images than of placeholders, slot tokens in the text, audio or video.
         """
-        if text is None:
+        if text is None or not isinstance(text, str) and not text:
             raise ValueError("text is required")
+        check_texts(text)
         if audio is not None or videos is not None:
             raise ValueError("NaViL takes images and text, not audio or video")
         options = self._merge_kwargs(NaViLProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
@@ -82,7 +85,7 @@ class NaViLProcessor(ProcessorMixin):
             _check_rows(images, texts)
             features = dict(self.image_processor(images, **options["images_kwargs"]))
             grids, num_scales = features["image_grid_thw"].tolist(), features["num_scales"].tolist()
-        texts = expand_image_slots(texts, grids, num_scales, self.image_processor.merge_size)
+        texts = expand_image_slots(texts, grids, num_scales, self.image_processor.merge_size, allow_control_tokens)
         return_tensors = options["text_kwargs"].pop("return_tensors", None)
         encoded = self._tokenize(texts, **options["text_kwargs"])
         return BatchFeature({**encoded, **features}, tensor_type=return_tensors)
@@ -116,10 +119,10 @@ class NaViLProcessor(ProcessorMixin):
         Raises:
             ValueError: no message, content of an unknown kind, an unreadable image, or a special token in a message.
         """
-        is_batched = bool(conversation) and not isinstance(conversation[0], dict)
-        conversations = conversation if is_batched else [conversation]
+        conversations = list_conversations(conversation)
+        is_batched = not isinstance(conversation[0], dict)
         if add_generation_prompt is None:
-            asked = [bool(messages) and messages[-1].get("role") == "user" for messages in conversations]
+            asked = [messages[-1]["role"] == "user" for messages in conversations]
             add_generation_prompt = all(asked) and not continue_final_message
         prompts = self.tokenizer.apply_chat_template(
             conversations,
@@ -132,7 +135,7 @@ class NaViLProcessor(ProcessorMixin):
         if not tokenize:
             return prompts if is_batched else prompts[0]
         images = [[image for message in messages for image in _images_of(message)] for messages in conversations]
-        features = self(images=images, text=prompts, **kwargs)
+        features = self(images=images, text=prompts, allow_control_tokens=allow_control_tokens, **kwargs)
         return features if return_dict else features["input_ids"]
 
     def training_batch(
@@ -228,11 +231,11 @@ def _check_rows(images: Any, texts: Sequence[str]) -> None:
 
 
 def _images_of(message: dict[str, Any]) -> list[Any]:
-    """A message's images, loaded."""
-    return [_load_part(part) for part in content_parts(message) if part["type"] == "image"]
+    """A message's images, as the image processor takes them."""
+    return [_image_source(part) for part in content_parts(message) if part["type"] == "image"]
 
 
-def _load_part(part: dict[str, Any]) -> Any:
+def _image_source(part: dict[str, Any]) -> Any:
     source = next((part[key] for key in ("image", "path", "url", "base64") if key in part), None)
     if source is None:
         raise ValueError(f"an image part needs one of image, path, url or base64; got {part!r:.80}")
@@ -241,7 +244,7 @@ def _load_part(part: dict[str, Any]) -> Any:
             source = fetch_image(source)
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"cannot read an image from {source!r:.80}: {error}") from error
-    return load_image(source)
+    return source
 
 
 # -- training batches --------------------------------------------------------------------------------------------------

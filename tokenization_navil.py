@@ -5,6 +5,7 @@ messages -> chat template -> prompt with one `<image>` per image
 """
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -30,6 +31,9 @@ ROLES = ("system", "user", "assistant", "tool")
 DEFAULT_SYSTEM_MESSAGE = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
+
+# Padding and truncation are settings of the Rust tokenizer: while one thread changes them, no other may be at work.
+_RUST_TOKENIZER = threading.RLock()
 
 # What a template puts behind "assistant\n", in history and before a new answer.
 ASSISTANT_PREFIXES = {"internlm2-chat": "", "Hermes-2": "", "qwen3-chat": "<think>\n\n</think>\n\n"}
@@ -89,7 +93,11 @@ def image_slot(grids: Iterable[Sequence[int]], merge_size: int) -> str:
 
 
 def expand_image_slots(
-    texts: Sequence[str], grids: Sequence[Sequence[int]], num_scales: Sequence[int], merge_size: int
+    texts: Sequence[str],
+    grids: Sequence[Sequence[int]],
+    num_scales: Sequence[int],
+    merge_size: int,
+    allow_control_tokens: bool = False,
 ) -> list[str]:
     """Puts the images' slots where the texts say `<image>`, in order over all texts.
 
@@ -98,13 +106,15 @@ def expand_image_slots(
         grids: (scales, 3) frames, rows and columns in patches, all images' scales in a row.
         num_scales: (images,) how many of these scales belong to each image.
         merge_size: side of a merged cell, in patches.
+        allow_control_tokens: let slot tokens through that are in a text already.
 
     Raises:
         ValueError: another number of placeholders than of images, scales that do not add up, or a slot token that
             is in a text already.
     """
-    for text in texts:
-        reject_tokens(text, SLOT_TOKENS)
+    if not allow_control_tokens:
+        for text in texts:
+            reject_tokens(text, SLOT_TOKENS)
     if sum(num_scales) != len(grids):
         raise ValueError(f"num_scales adds up to {sum(num_scales)} scales but image_grid_thw has {len(grids)}")
     num_placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
@@ -178,23 +188,50 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         """Constructor arguments: the whole `tokenizer.json`, where transformers 5 would take its vocabulary."""
         return kwargs
 
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, from several threads too.
+
+        Raises:
+            ValueError: something else than a text or (nested) lists of texts, or a text with a lone surrogate.
+        """
+        if text is not None:
+            check_texts(text)
+        with _RUST_TOKENIZER:
+            return super().__call__(text, *args, **kwargs)
+
     def apply_chat_template(
-        self, conversation: Any, *args: Any, allow_control_tokens: bool = False, **kwargs: Any
+        self,
+        conversation: Any,
+        *args: Any,
+        allow_control_tokens: bool = False,
+        continue_final_message: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """As in transformers; a message's text may not contain a special token unless `allow_control_tokens`.
 
         The marks of a grounded answer (`<ref>`, `<box>`, `<quad>` and their ends) are content and always allowed.
 
         Raises:
-            ValueError: no message, an unknown role or kind of content, or a special token typed in a message, which
-                would forge a turn or an image slot.
+            ValueError: no message, an unknown role or kind of content, a special token typed in a message, which
+                would forge a turn or an image slot, or a final message to continue that is blank or cannot be told
+                from the end of its turn.
         """
+        conversations = list_conversations(conversation)
+        texts = [text for messages in conversations for message in messages for text in _message_texts(message)]
+        if not allow_control_tokens:
+            reserved = self._reserved_tokens()
+            for text in texts:
+                reject_tokens(text, reserved)
+        if continue_final_message:
+            for messages in conversations:
+                _check_continuable(messages[-1])
+        return super().apply_chat_template(conversation, *args, continue_final_message=continue_final_message, **kwargs)
+
+    def _reserved_tokens(self) -> list[str]:
+        """Every special token of the vocabulary but the marks of a grounded answer."""
         marks = set(IMAGE_TOKENS) - set(SLOT_TOKENS)
-        reserved = [token for token in {*CONTROL_TOKENS, *self.all_special_tokens} if token not in marks]
-        for text in _message_texts(conversation):
-            if not allow_control_tokens:
-                reject_tokens(text, sorted(reserved))
-        return super().apply_chat_template(conversation, *args, **kwargs)
+        special = {token.content for token in self.added_tokens_decoder.values() if token.special}
+        return sorted({*CONTROL_TOKENS, *special, *self.all_special_tokens} - marks)
 
     def _decode(
         self,
@@ -206,6 +243,19 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
     ) -> str:
         if spaces_between_special_tokens is None:
             spaces_between_special_tokens = self.spaces_between_special_tokens
+        with _RUST_TOKENIZER:
+            return self._decode_spaced(
+                token_ids, skip_special_tokens, clean_up_tokenization_spaces, spaces_between_special_tokens, **kwargs
+            )
+
+    def _decode_spaced(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool,
+        clean_up_tokenization_spaces: bool | None,
+        spaces_between_special_tokens: bool,
+        **kwargs: Any,
+    ) -> str:
         if skip_special_tokens or not spaces_between_special_tokens:
             return super()._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
         token_ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
@@ -231,19 +281,58 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         return text
 
 
-def _message_texts(conversation: Any) -> Iterator[str]:
-    """Every text in a conversation or a batch of conversations."""
-    if not conversation:
-        raise ValueError("expected at least one message, got none")
-    for message in conversation:
-        if not isinstance(message, dict):
-            yield from _message_texts(message)
-            continue
-        if message.get("role") not in ROLES:
-            raise ValueError(f"a message's role must be one of {ROLES}, got {message.get('role')!r}")
-        for part in content_parts(message):
-            if part["type"] == "text":
-                yield part["text"]
+def check_texts(texts: Any) -> None:
+    """Raises a ValueError for anything but texts, or lists of them, that can be written as UTF-8."""
+    if isinstance(texts, list | tuple):
+        for text in texts:
+            check_texts(text)
+        return
+    if not isinstance(texts, str):
+        raise ValueError(f"expected a text, got {type(texts).__name__}")
+    try:
+        texts.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has a lone surrogate {texts[error.start]!r} at character {error.start}") from error
+
+
+def list_conversations(conversation: Any) -> list[list[dict[str, Any]]]:
+    """A conversation, or a batch of them, as a list of conversations.
+
+    Raises:
+        ValueError: no message, an unknown role or something else than messages.
+    """
+    batch = conversation if _is_list(conversation) and conversation and _is_list(conversation[0]) else [conversation]
+    for messages in batch:
+        if not _is_list(messages) or not messages:
+            given = "none" if _is_list(messages) else repr(messages)[:80]
+            raise ValueError(f"expected at least one message, got {given}")
+        for message in messages:
+            if not isinstance(message, dict):
+                raise ValueError(f"a message must be a dict of role and content, got {message!r:.80}")
+            if message.get("role") not in ROLES:
+                raise ValueError(f"a message's role must be one of {ROLES}, got {message.get('role')!r:.80}")
+    return list(batch)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _message_texts(message: dict[str, Any]) -> Iterator[str]:
+    """A message's texts; those that follow one another are one, as in the prompt."""
+    for kind, parts in groupby(content_parts(message), lambda part: part["type"]):
+        if kind == "text":
+            yield "".join(part["text"] for part in parts)
+
+
+def _check_continuable(message: dict[str, Any]) -> None:
+    """transformers finds where to stop by searching the prompt for the message's last text."""
+    texts = [part["text"] for part in content_parts(message) if part["type"] == "text"]
+    text = texts[-1] if texts else ""
+    if (text.lstrip() + END_OF_TURN).rindex(text.strip()):
+        raise ValueError(
+            f"a message with the text {text!r:.80} cannot be continued: it is blank or part of {END_OF_TURN}"
+        )
 
 
 def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -254,7 +343,7 @@ def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     """
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    for part in parts if isinstance(parts, list | tuple) else [parts]:
+    for part in parts if _is_list(parts) else [parts]:
         kind = part.get("type") if isinstance(part, dict) else None
         if not (kind == "image" or kind == "text" and isinstance(part.get("text"), str)):
             raise ValueError(f"content is a text or a list of text and image parts; got {part!r:.80}")

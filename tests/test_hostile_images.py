@@ -1,0 +1,391 @@
+"""Odd and hostile pictures: a right result or a ValueError, and no more memory than the pixel budget allows."""
+
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, recorded_image
+from fuzzing import damaged_files, fuzz
+from hypothesis import example, given
+from hypothesis import strategies as st
+from navil.image_processing_navil import (
+    NaViLImageProcessor,
+    count_slot_tokens,
+    largest_fitting_budget,
+    load_image,
+    load_picture,
+    plan_scales,
+)
+from navil.tokenization_navil import image_slot
+from PIL import Image
+
+CRASHES = sorted((FIXTURES / "crashes").iterdir())
+GRADIENT = np.add.outer(np.arange(0, 160, 8), np.arange(0, 90, 3)).astype(np.uint8)  # 20 x 30
+GRAY_MODES = ("L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F")
+
+
+def as_mode(mode: str) -> Image.Image:
+    image = Image.fromarray(GRADIENT)
+    if mode in ("La", "PA"):
+        return image.convert("LA").convert(mode)
+    return image.convert("RGBA").convert(mode) if mode == "RGBa" else image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", GRAY_MODES)
+def test_every_mode_is_the_same_picture(mode):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = np.asarray(load_image(as_mode(mode))).astype(int)
+    assert loaded.shape == (*GRADIENT.shape, 3)
+    assert np.abs(loaded - GRADIENT[..., None]).max() <= 2
+
+
+def test_bilevel_and_lab():
+    checkers = np.indices((6, 8)).sum(0) % 2 == 0
+    assert np.array_equal(np.asarray(load_image(Image.fromarray(checkers)))[..., 0], checkers * 255)
+    gray = np.asarray(load_image(Image.merge("LAB", [Image.new("L", (4, 4), value) for value in (128, 128, 128)])))
+    assert np.ptp(gray) <= 6 and 100 < gray.mean() < 140
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_16_bit_gray_keeps_its_steps(mode, tmp_path):
+    steps = (GRADIENT.astype(np.uint16) * 257).astype("<u2" if mode == "I;16" else ">u2")
+    image = Image.frombytes(mode, GRADIENT.shape[::-1], steps.tobytes())
+    assert np.array_equal(np.asarray(load_image(image))[..., 1], GRADIENT)
+    if mode == "I;16":
+        image.save(tmp_path / "gray.png")
+        assert np.array_equal(np.asarray(load_image(tmp_path / "gray.png"))[..., 2], GRADIENT)
+
+
+@pytest.mark.parametrize("transparency", [3, bytes(range(256))])
+def test_transparency_shows_the_stored_colour(transparency, tmp_path):
+    image = Image.fromarray(GRADIENT).convert("P")
+    image.save(tmp_path / "palette.png", transparency=transparency)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load_image(tmp_path / "palette.png")
+    assert np.array_equal(np.asarray(loaded), np.asarray(image.convert("RGB")))
+    clear = Image.merge("LA", [Image.fromarray(GRADIENT), Image.new("L", (30, 20), 0)])
+    assert np.array_equal(np.asarray(load_image(clear))[..., 0], GRADIENT)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(np.nan, "f4"), (np.inf, "f4"), (-1, "f4"), (256, "f4"), (0.5, "f4"), (-1, "i4"), (256, "i4")]
+)
+def test_modes_without_a_fixed_range_are_not_guessed(value, dtype):
+    with pytest.raises(ValueError, match="must count from 0 to 255"):
+        load_image(Image.fromarray(np.array([[0, value]], dtype)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP"])
+def test_every_exif_orientation_comes_out_upright(orientation, file_format, tmp_path):
+    stored = recorded_image(30, 20, 1)
+    method = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(orientation)
+    shown = stored if method is None else stored.transpose(Image.Transpose(method))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    stored.save(tmp_path / "turned", file_format, exif=exif, **options)
+    assert np.array_equal(np.asarray(load_image(tmp_path / "turned")), np.asarray(shown))
+    with Image.open(tmp_path / "turned") as opened:
+        assert np.array_equal(np.asarray(load_image(opened)), np.asarray(shown))
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP"])
+def test_animations_show_their_first_frame_or_the_one_they_stand_at(file_format, tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "moving", file_format, save_all=True, append_images=frames[1:], lossless=True)
+    assert load_image(tmp_path / "moving").getpixel((0, 0)) == (255, 0, 0)
+    with Image.open(tmp_path / "moving") as opened:
+        opened.seek(2)
+        assert load_image(opened).getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9])
+def test_cut_off_files(file_format, part, tmp_path):
+    recorded_image(60, 40, 0).save(tmp_path / "picture", file_format)
+    data = (tmp_path / "picture").read_bytes()
+    (tmp_path / "picture").write_bytes(data[: int(part * len(data))])
+    with pytest.raises(ValueError, match="cannot read an image from '.*picture'"):
+        load_image(tmp_path / "picture")
+
+
+@pytest.mark.parametrize("path", ["a\0b.png", "\ud800.png", "", "."])
+def test_paths_that_are_none(path):
+    with pytest.raises(ValueError, match="cannot read an image from"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("path", CRASHES, ids=lambda path: path.name)
+def test_files_that_once_crashed(path):
+    """Found by fuzzing: Pillow's errors were RuntimeErrors and the like, or named no file."""
+    with pytest.raises(ValueError, match="cannot read an image from"):
+        load_image(path)
+
+
+@fuzz
+@given(data=st.one_of(damaged_files(), st.binary(max_size=64)))
+def test_damaged_files_are_read_or_refused(data, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = load_image(path)
+        except ValueError as error:
+            assert str(error).startswith("cannot read an image from")
+        else:
+            assert image.mode == "RGB" and 0 not in image.size
+
+
+# -- size and memory ---------------------------------------------------------------------------------------------------
+
+
+def png_of_nothing(width: int, height: int) -> bytes:
+    """A valid black 1-bit PNG without ever holding its pixels."""
+    row = bytes(1 + -(-width // 8))
+    packer = zlib.compressobj(9)
+    pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    chunks = (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", pixels), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+
+
+def test_a_bomb_is_refused_by_pillows_guard(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png_of_nothing(20_000, 20_000))
+    with pytest.raises(ValueError, match="400000000 pixels.*decompression bomb"):
+        NaViLImageProcessor()(tmp_path / "bomb.png")
+
+
+def test_a_lifted_guard_lets_it_through(tmp_path, monkeypatch):
+    (tmp_path / "bomb.png").write_bytes(png_of_nothing(3_000, 2_000))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    with pytest.raises(ValueError, match="decompression bomb"):
+        NaViLImageProcessor()(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    features = NaViLImageProcessor()(tmp_path / "bomb.png", min_pixels=1024, max_pixels=9_600)
+    assert features["image_grid_thw"].tolist() == [[1, 6, 8]]
+
+
+@pytest.mark.parametrize(("max_pixels", "fraction"), [(10**9, 1), (9_600, 2), (1_200, 4), (256, 8), (1, 8)])
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(max_pixels, fraction, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    recorded_image(480, 320, 0).save(tmp_path / "large.jpg", exif=exif)
+    picture = load_picture(tmp_path / "large.jpg", max_pixels)
+    assert (picture.height, picture.width) == (480, 320)  # upright
+    assert picture.pixels.size == (320 // fraction, 480 // fraction)
+    assert fraction == 8 or picture.pixels.width * picture.pixels.height < 16 * max_pixels or fraction == 1
+
+
+def test_a_draft_is_planned_as_the_whole_picture_and_looks_like_it(tmp_path):
+    image = Image.fromarray(np.kron(GRADIENT, np.ones((32, 32), np.uint8))).convert("RGB")  # 960 x 640
+    image.save(tmp_path / "large.jpg", quality=95)
+    settings = {"min_pixels": 256, "max_pixels": 9_600, "multi_scale": True}
+    drafted = NaViLImageProcessor()(tmp_path / "large.jpg", **settings)
+    with Image.open(tmp_path / "large.jpg") as opened:
+        whole = NaViLImageProcessor()(opened, **settings)
+    assert drafted["image_grid_thw"].tolist() == whole["image_grid_thw"].tolist()
+    assert np.abs(drafted["pixel_values"] - whole["pixel_values"]).mean() < 0.02
+
+
+sizes = st.integers(1, 400)
+budgets = st.tuples(st.integers(1, 40_000), st.integers(1, 40_000)).map(sorted)
+taus = st.floats(0.05, 0.97)
+
+
+@fuzz
+@given(width=sizes, height=sizes, budget=budgets, tau=st.one_of(st.none(), taus), patch=st.sampled_from([4, 7, 16]))
+@example(width=1, height=1, budget=[1, 1], tau=0.5, patch=16)
+@example(width=200, height=1, budget=[1, 40_000], tau=0.97, patch=4)
+def test_packing(width, height, budget, tau, patch):
+    min_pixels, max_pixels = budget
+    processor = NaViLImageProcessor(patch_size=patch, min_pixels=min_pixels, max_pixels=max_pixels)
+    image = np.zeros((height, width, 3), np.uint8)
+    if max(width, height) > 200 * min(width, height):
+        with pytest.raises(ValueError, match="aspect ratio"):
+            processor(image)
+        return
+    features = processor(image, multi_scale=tau is not None, scale_downsample_ratio=tau)
+    grids = features["image_grid_thw"]
+    areas = grids.prod(1)
+    assert (grids[:, 1:] % 2 == 0).all() and (grids > 0).all()
+    assert features["pixel_values"].shape == (areas.sum(), 3 * patch**2)
+    assert features["num_scales"].tolist() == [len(grids)] and (tau is not None or len(grids) == 1)
+    assert (np.diff(areas) > 0).all()  # smallest first
+    assert np.isfinite(features["pixel_values"]).all()
+
+
+@fuzz
+@given(
+    size=st.tuples(st.integers(1, 30_000), st.integers(1, 30_000)),
+    budget=st.tuples(st.integers(1, 10**8), st.integers(1, 10**8)).map(sorted),
+    tau=taus,
+)
+def test_scales_keep_the_budget(size, budget, tau):
+    if max(size) > 200 * min(size):
+        return
+    min_pixels, max_pixels = budget
+    scales = plan_scales(*size, 32, min_pixels, max_pixels, tau)
+    for height, width in scales:
+        is_grown = height > size[0] or width > size[1]
+        assert height * width <= max_pixels or is_grown or 1 in (height, width)
+        assert height * width >= min_pixels or not is_grown
+        aspect_error = abs(height * size[1] - width * size[0]) / max(size)
+        assert aspect_error <= max(height, width) / min(height, width) + 1
+    grids = [(1, -(-height // 32) * 2, -(-width // 32) * 2) for height, width in scales]
+    if sum(rows * columns for _, rows, columns in grids) < 40_000:
+        assert count_slot_tokens(scales, 32) == image_slot(grids, 2).count("<")
+
+
+@fuzz
+@given(
+    images=st.lists(st.tuples(st.integers(20, 4000), st.integers(20, 4000)), min_size=1, max_size=5),
+    max_tokens=st.integers(1, 5_000),
+    tau=st.one_of(st.none(), taus),
+)
+def test_a_suggested_budget_fits(images, max_tokens, tau):
+    def tokens(budget: int) -> int:
+        return sum(count_slot_tokens(plan_scales(*size, 32, 4096, budget, tau), 32) for size in images)
+
+    suggested = largest_fitting_budget([[size] for size in images], 32, 4096, 10**7, tau, max_tokens)
+    if suggested is None:
+        assert tokens(4096) > max_tokens
+    else:
+        assert tokens(suggested) <= max_tokens
+        assert suggested >= 4096
+
+
+# -- arrays ------------------------------------------------------------------------------------------------------------
+
+
+@fuzz
+@given(
+    seed=st.integers(0, 9),
+    shape=st.tuples(st.integers(5, 12), st.integers(5, 12)),
+    channels=st.sampled_from([None, 1, 3, 4]),
+    dtype=st.sampled_from(["uint8", "float16", "float32", "float64"]),
+    channels_first=st.booleans(),
+    as_tensor=st.booleans(),
+)
+def test_arrays_of_every_layout_are_the_same_picture(seed, shape, channels, dtype, channels_first, as_tensor):
+    pixels = np.random.default_rng(seed).integers(0, 256, shape if channels is None else (*shape, channels), np.uint8)
+    expected = pixels.reshape(*shape, -1)[..., :3]
+    array = pixels if dtype == "uint8" else (pixels / 255).astype(dtype)
+    if channels is not None and channels_first:
+        array = array.transpose(2, 0, 1)
+    loaded = np.asarray(load_image(torch.from_numpy(array.copy()) if as_tensor else array))
+    assert np.array_equal(loaded, np.broadcast_to(expected, loaded.shape))
+
+
+def test_input_data_format_settles_what_a_shape_leaves_open():
+    array = np.arange(3 * 4 * 3, dtype=np.uint8).reshape(3, 4, 3)
+    assert np.array_equal(np.asarray(load_image(array)), array)
+    assert np.array_equal(np.asarray(load_image(array, "channels_last")), array)
+    assert np.array_equal(np.asarray(load_image(array, "channels_first")), array.transpose(1, 2, 0))
+    first = NaViLImageProcessor()(array, input_data_format="channels_first", min_pixels=1, max_pixels=1024)
+    assert np.array_equal(
+        first["pixel_values"],
+        NaViLImageProcessor()(array.transpose(1, 2, 0), min_pixels=1, max_pixels=1024)["pixel_values"],
+    )
+    with pytest.raises(ValueError, match="channels_first or channels_last, got 'HWC'"):
+        load_image(array, "HWC")
+
+
+class Liar:
+    def __array__(self, *args, **kwargs):
+        raise ValueError("no")
+
+
+@fuzz
+@given(
+    value=st.sampled_from([np.nan, np.inf, -np.inf, -0.1, 1.1, 255.0]),
+    place=st.integers(0, 26),
+    dtype=st.sampled_from(["float16", "float32", "float64"]),
+)
+def test_numbers_that_are_no_pixels(value, place, dtype):
+    array = np.full(27, 0.5, dtype)
+    array[place] = value
+    with pytest.raises(ValueError, match="finite numbers between 0 and 1"):
+        load_image(array.reshape(3, 3, 3))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        None,
+        b"\x89PNG",
+        {},
+        object(),
+        Liar(),
+        np.zeros((3, 3), bool),
+        np.zeros((3, 3), complex),
+        np.zeros((3, 3), object),
+        np.array(["a.png"]),
+        np.float32(1),
+        np.zeros((2, 3, 3, 3), np.uint8),
+        np.zeros((5, 3, 2), np.uint8),
+        torch.zeros(3, 3, dtype=torch.bfloat16),
+        torch.zeros(3, 3, device="meta"),
+        [[[np.zeros((3, 3), np.uint8)]]],
+        [[0, 1], [1, 0]],
+    ],
+    ids=lambda image: type(image).__name__,
+)
+def test_things_that_are_no_image(image):
+    with pytest.raises(ValueError):
+        NaViLImageProcessor()(image)
+
+
+# -- settings of transformers' image processors ------------------------------------------------------------------------
+
+
+def test_released_switches_are_accepted_and_others_named():
+    image, processor = recorded_image(90, 60, 0), NaViLImageProcessor()
+    plain = processor(image, min_pixels=1024, max_pixels=4096)
+    for switches in (
+        {"do_resize": False, "do_pad": True},
+        {"do_convert_rgb": True, "do_rescale": True, "do_normalize": True, "size": None},
+    ):
+        switched = processor(image, min_pixels=1024, max_pixels=4096, **switches)
+        assert np.array_equal(switched["pixel_values"], plain["pixel_values"])
+    for switches, message in (
+        ({"do_resize": True}, "do_resize must be False"),
+        ({"do_pad": False}, "do_pad must be True"),
+        ({"do_rescale": 0}, "do_rescale must be True"),
+        ({"size": {"height": 9}}, "no setting size={'height': 9}"),
+        ({"crop": 1}, "no setting crop=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(image, **switches)
+    with pytest.raises(ValueError, match="do_resize must be False"):
+        NaViLImageProcessor(do_resize=True)
+
+
+junk = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=3)
+)
+
+
+@fuzz
+@given(
+    name=st.sampled_from(
+        ["patch_size", "merge_size", "min_pixels", "max_pixels", "scale_downsample_ratio", "image_mean", "image_std"]
+    ),
+    value=junk,
+)
+@example(name="max_pixels", value=10**400)
+@example(name="image_std", value=[1.0, 0.0, 1.0])
+def test_any_setting_is_kept_or_refused(name, value):
+    try:
+        processor = NaViLImageProcessor(**{name: value})
+    except ValueError as error:
+        assert str(error)
+        return
+    assert NaViLImageProcessor.from_dict(processor.to_dict()).to_dict() == processor.to_dict()

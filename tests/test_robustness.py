@@ -1,0 +1,310 @@
+"""Half precision, many chats, many threads, interruptions, and configs of any content."""
+
+import copy
+import gc
+import math
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BACKBONES, recorded_image, relative_error
+from fuzzing import fuzz
+from hypothesis import given
+from hypothesis import strategies as st
+from navil.configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
+from transformers import StoppingCriteria, TextStreamer
+
+SHORT = {"max_new_tokens": 4}
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+HALF_PRECISION_ERROR = {torch.bfloat16: 0.04, torch.float16: 0.004}
+"""Of the largest recorded float32 logit. Largest seen: 0.026 and 0.0025."""
+
+
+@pytest.fixture(scope="module")
+def in_half_precision(recordings):
+    return {
+        (name, dtype): copy.deepcopy(recordings[name].model).to(dtype)
+        for name in BACKBONES
+        for dtype in HALF_PRECISION_ERROR
+    }
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", HALF_PRECISION_ERROR, ids=str)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_half_precision_agrees_with_float32(recordings, in_half_precision, name, dtype, attention, monkeypatch):
+    model = in_half_precision[name, dtype]
+    for config in (model.config.text_config, model.config.vision_config):
+        monkeypatch.setattr(config, "_attn_implementation_internal", attention)
+    for case in recordings[name].cases:
+        with torch.no_grad():
+            outputs = model(**recordings[name].inputs(case), output_hidden_states=True)
+        assert all(torch.isfinite(hidden).all() for hidden in outputs.hidden_states)
+        assert outputs.logits.dtype == dtype and torch.isfinite(outputs.logits).all()
+        expected = recordings[name].tensors(case)["logits"]
+        assert relative_error(outputs.logits, expected) < HALF_PRECISION_ERROR[dtype]
+        assert 0 < relative_error(outputs.logits, expected)  # it did run in half precision
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", HALF_PRECISION_ERROR, ids=str)
+def test_padding_stays_finite_in_half_precision(in_half_precision, dtype, attention, monkeypatch):
+    """A padded position sees no key at all: its scores must not become a softmax over nothing."""
+    model = in_half_precision["qwen3", dtype]
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", attention)
+    ids, mask = torch.randint(20, 100, (2, 30)), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :25] = 0
+    with torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=mask).logits
+        alone = model(input_ids=ids[:1, 25:]).logits
+    assert torch.isfinite(padded).all()
+    assert relative_error(padded[:1, 25:], alone) < HALF_PRECISION_ERROR[dtype]
+
+
+# -- load --------------------------------------------------------------------------------------------------------------
+
+
+def questions(recording):
+    """Chats of every kind, each as a call without arguments."""
+    images = [recorded_image(90, 60, 0), recorded_image(60, 90, 1)]
+    chat, tokenizer = recording.model.chat, recording.tokenizer
+    return [
+        lambda: chat(tokenizer, None, "Hello?", SHORT),
+        lambda: chat(tokenizer, images[0], "What is it?", SHORT),
+        lambda: chat(tokenizer, images, "What differs?", SHORT),
+        lambda: chat(tokenizer, images[1], "And now?", SHORT, history=[("<image>\nWhat?", "That.")]),
+        lambda: chat(tokenizer, images[1], "Beams?", {**SHORT, "num_beams": 2}),
+    ]
+
+
+def resident_memory() -> int:
+    """MiB in use; 0 where the system does not tell."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20 if status.exists() else 0
+
+
+def test_200_chats_give_the_same_answers_and_leave_nothing_behind(recordings):
+    model = recordings["qwen3"].model
+    asked = questions(recordings["qwen3"])
+    expected = [ask() for ask in asked]
+    for ask in asked:  # fills caches of Python and torch
+        ask()
+    config, attributes = model.config.to_dict(), set(vars(model))
+    gc.collect()
+    tensors, objects, memory = sum(map(torch.is_tensor, gc.get_objects())), len(gc.get_objects()), resident_memory()
+    for turn in range(200):
+        assert asked[turn % len(asked)]() == expected[turn % len(asked)]
+    gc.collect()
+    assert sum(map(torch.is_tensor, gc.get_objects())) <= tensors
+    assert len(gc.get_objects()) - objects < 200  # not one object per chat
+    assert resident_memory() - memory < 32
+    assert model.config.to_dict() == config and set(vars(model)) == attributes
+
+
+def in_threads(count: int, work) -> None:
+    errors = []
+
+    def run(index: int) -> None:
+        try:
+            work(index)
+        except BaseException as error:  # an assertion in a thread would go unseen
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_8_threads_share_one_model(recordings, name, monkeypatch):
+    for token in ("image_token_id", "image_start_token_id"):  # the first chat sets them, in whichever thread
+        monkeypatch.setattr(recordings[name].model.config, token, None)
+    asked = questions(recordings[name])
+    answers = [[] for _ in range(8)]
+
+    def work(index: int) -> None:
+        for turn in range(index, index + 5):
+            answers[index].append(asked[turn % len(asked)]())
+
+    in_threads(8, work)
+    expected = [ask() for ask in asked]
+    for index, heard in enumerate(answers):
+        assert heard == [expected[turn % len(asked)] for turn in range(index, index + 5)]
+
+
+def test_threads_have_their_own_static_caches(recordings):
+    model, tokenizer = recordings["qwen3"].model, recordings["qwen3"].tokenizer
+    settings = {"max_new_tokens": 8, "cache_implementation": "static"}
+    asked = ["Hello?", "What is the time?", "Where?", "How many are there?"]
+    expected = [model.chat(tokenizer, None, question, {"max_new_tokens": 8}) for question in asked]
+    answers = {}
+
+    def work(index: int) -> None:
+        for _ in range(3):
+            answers[index] = model.chat(tokenizer, None, asked[index], settings)
+
+    in_threads(4, work)
+    assert [answers[index] for index in range(4)] == expected
+
+
+def test_8_threads_share_one_processor(recordings):
+    """The Rust tokenizer said "Already borrowed" when one thread set the padding while another encoded or decoded."""
+    processor = recordings["qwen3"].processor
+    prompts = [["a b c", "a" * length] for length in range(1, 60)]
+    expected = [processor(text=pair, padding=True)["input_ids"] for pair in prompts]
+    ids = processor(text="hello " * 60)["input_ids"][0]
+    text = processor.decode(ids)
+
+    def work(index: int) -> None:
+        for pair, padded in zip(prompts, expected, strict=True):
+            if index % 2:
+                assert processor(text=pair, padding=True)["input_ids"] == padded
+            else:
+                assert processor(text="hello " * 60)["input_ids"][0] == ids
+                assert processor.decode(ids) == text
+
+    in_threads(8, work)
+
+
+# -- interruptions -----------------------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """As a KeyboardInterrupt, which pytest would take for its own."""
+
+
+class BreaksAfter(TextStreamer):
+    def __init__(self, tokenizer, tokens: int):
+        super().__init__(tokenizer)
+        self.left = tokens
+
+    def put(self, value):
+        if self.left == 0:
+            raise Interrupted
+        self.left -= 1
+
+
+class BreaksWhileStopping(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        raise RuntimeError("interrupted")
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_an_exception_in_the_middle_of_a_stream_leaves_the_model_usable(recording, tokens):
+    image, chat = recorded_image(90, 60, 0), recording.model.chat
+    expected = chat(recording.tokenizer, image, "What is it?", SHORT)
+    attributes = set(vars(recording.model))
+    with pytest.raises(Interrupted):
+        chat(recording.tokenizer, image, "What is it?", SHORT, streamer=BreaksAfter(recording.tokenizer, tokens))
+    with pytest.raises(RuntimeError, match="interrupted"):
+        chat(recording.tokenizer, image, "And?", {**SHORT, "stopping_criteria": [BreaksWhileStopping()]})
+    assert torch.is_grad_enabled() and set(vars(recording.model)) == attributes
+    assert chat(recording.tokenizer, image, "What is it?", SHORT) == expected
+
+
+def test_an_exception_in_the_middle_of_a_layer_leaves_the_model_usable(recording):
+    image, model = recorded_image(90, 60, 0), recording.model
+    expected = model.chat(recording.tokenizer, image, "What is it?", SHORT)
+
+    def fail(*args):
+        raise MemoryError
+
+    hook = model.get_decoder().layers[-1].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        model.chat(recording.tokenizer, image, "What is it?", SHORT)
+    hook.remove()
+    assert model.chat(recording.tokenizer, image, "What is it?", SHORT) == expected
+
+
+# -- configs -----------------------------------------------------------------------------------------------------------
+
+scalars = st.one_of(
+    *(st.none(), st.booleans(), st.integers(-2, 200), st.integers(), st.floats(), st.text(max_size=4)),
+    st.sampled_from(["rms_norm", "raster", "window", "dynamic", 10**400]),
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "hidden_size", "x"]), inner, max_size=3),
+    ),
+    max_leaves=4,
+)
+
+
+OWN_FIELDS = {
+    NaViLVisionConfig: {
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"),
+        *("spatial_merge_size", "norm_type", "layer_norm_eps", "qkv_bias", "rope_theta", "window_size"),
+        *("fullatt_block_indexes", "visual_token_order", "layer_scale_init", "initializer_range"),
+        *("head_dim", "patch_dim", "merged_dim"),
+    },
+    NaViLTextConfig: {
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "qk_norm", "attention_bias", "attention_output_bias", "rms_norm_eps"),
+        *("rope_theta", "rope_scaling", "max_position_embeddings", "attention_dropout", "initializer_range"),
+        *("use_cache", "tie_word_embeddings", "rope_type", "rope_factor", "context_length"),
+    },
+    NaViLConfig: {
+        *("vision_config", "text_config", "image_token_id", "image_start_token_id"),
+        *("min_dynamic_patch", "max_dynamic_patch", "scale_downsample_ratio", "downsample_ratio"),
+    },
+}
+"""What NaViL's configs read themselves; the rest is transformers' own."""
+
+
+@fuzz
+@given(data=st.data())
+def test_configs_are_whole_or_refused(data):
+    config_class = data.draw(st.sampled_from(list(OWN_FIELDS)))
+    names = st.sampled_from(sorted(OWN_FIELDS[config_class]))
+    settings = data.draw(st.dictionaries(names, values, min_size=1, max_size=3))
+    try:
+        config = config_class(**copy.deepcopy(settings))
+    except ValueError as error:
+        assert str(error)
+        return
+    assert config_class.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    text = config.text_config if config_class is NaViLConfig else config
+    if isinstance(text, NaViLTextConfig):
+        assert text.context_length >= text.max_position_embeddings and math.isfinite(text.rope_factor)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "settings"),
+    [
+        (NaViLVisionConfig, {"hidden_size": 10**400}),
+        (NaViLVisionConfig, {"fullatt_block_indexes": 3}),
+        (NaViLVisionConfig, {"fullatt_block_indexes": [0.5]}),
+        (NaViLVisionConfig, {"fullatt_block_indexes": ["a"]}),
+        (NaViLVisionConfig, {"layer_scale_init": "a"}),
+        (NaViLVisionConfig, {"qkv_bias": "false"}),
+        (NaViLVisionConfig, {"head_dim": 64}),
+        (NaViLTextConfig, {"hidden_size": "a"}),
+        (NaViLTextConfig, {"num_attention_heads": 0}),
+        (NaViLTextConfig, {"attention_dropout": None}),
+        (NaViLTextConfig, {"rope_scaling": "dynamic"}),
+        (NaViLTextConfig, {"rope_scaling": {"rope_type": ["dynamic"]}}),
+        (NaViLTextConfig, {"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}),
+        (NaViLTextConfig, {"rope_type": "dynamic"}),
+        (NaViLTextConfig, {"tie_word_embeddings": "no"}),
+        (NaViLConfig, {"vision_config": 3}),
+        (NaViLConfig, {"text_config": [1]}),
+        (NaViLConfig, {"text_config": {"rope_type": "dynamic"}}),
+        (NaViLConfig, {"image_token_id": "a"}),
+        (NaViLConfig, {"image_token_id": 0.5}),
+    ],
+    ids=str,
+)
+def test_configs_that_once_crashed_or_passed(config_class, settings):
+    """Found by fuzzing: a TypeError, OverflowError, AttributeError or ZeroDivisionError, or no error at all."""
+    with pytest.raises(ValueError, match="[a-z_]"):
+        config_class(**settings)
