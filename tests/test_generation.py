@@ -11,6 +11,8 @@ from conftest import ROOT, recorded_image, relative_error
 from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from benchmarks import chat_session
+
 SHORT = {"max_new_tokens": 8}
 IMAGES = [recorded_image(90, 60, 0), recorded_image(200, 130, 1), recorded_image(64, 64, 2)]
 
@@ -308,3 +310,11 @@ def test_failed_turn_leaves_the_session_as_it_was(recording):
 def test_sessions_refuse_what_has_no_cache_of_one_sequence(recording, settings, message):
     with pytest.raises(ValueError, match=message):
         recording.model.chat_session(recording.tokenizer, settings)
+
+
+def test_benchmark_of_sessions_counts_what_they_save(capsys):
+    picture = ["--image", str(ROOT / "examples" / "text.png")]
+    assert chat_session.main([*picture, "--turns", "2", "--repeats", "1", "--max-new-tokens", "3"]) == 0
+    first, second, total = (row.split() for row in capsys.readouterr().out.splitlines()[-3:])
+    assert first[1] == first[2] and first[-1] == second[-1] == "True"
+    assert int(second[2]) < int(second[1]) and int(total[2]) == int(first[2]) + int(second[2])
