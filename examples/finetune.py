@@ -114,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             train_dataset=load_conversations(options.data),
             data_collator=partial(processor.training_batch, row_length=options.row_length),
         )
+        if options.lora and trainer.is_fsdp_enabled:
+            raise ValueError("--lora merges the adapters into whole weights: start it without FSDP")
         trainer.train()
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

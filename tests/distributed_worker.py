@@ -1,19 +1,30 @@
-"""One process of a distributed run, started by torchrun from test_finetuning.py and test_large_models.py.
+"""Two processes on the CPU (gloo): what each of them does, and how test_finetuning.py and test_large_models.py start them.
 
-python -m torch.distributed.run --nproc-per-node 2 tests/distributed_worker.py TASK MODEL INPUTS OUTPUT
+accelerate takes FSDP for DDP on a CPU, so torch's own FSDP is wrapped around the model here.
 """
 
+import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from conftest import recorded_image  # noqa: F401  (puts the package on the path)
+from conftest import ROOT
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModel
+
+
+def torchrun(script: str, *arguments: Any) -> None:
+    """Runs a script of this repository as two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [*command, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, timeout=600
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
 
 
 def decoder_and_vision_blocks(model: nn.Module) -> list[nn.Module]:

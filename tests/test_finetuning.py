@@ -1,0 +1,358 @@
+"""Fine-tuning: collating, stages, accumulation, packing, LoRA, and two processes that train as one."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT, Recording, recorded_image, relative_error
+from distributed_worker import torchrun
+from safetensors.torch import load_file
+from transformers import AutoModel, Trainer, TrainingArguments
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+import finetune  # noqa: E402
+
+IGNORED = -100
+
+
+def example(*turns: tuple[str, str], images: tuple = ()) -> dict:
+    """A conversation; its images stand in front of the first question."""
+    messages = []
+    for question, answer in turns:
+        parts = [] if messages else [{"type": "image", "image": image} for image in images]
+        messages += [
+            {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
+            {"role": "assistant", "content": answer},
+        ]
+    return {"messages": messages}
+
+
+def mixed_examples() -> list[dict]:
+    """Eight conversations of unequal length; at each even place one with a picture, except the fifth."""
+    small, large = recorded_image(64, 64, 0), recorded_image(120, 90, 1)
+    return [
+        example(("What is it?", "a wave"), images=(small,)),
+        example(("Say it.", "it, as you asked for it, again and again")),
+        example(("And this?", "two"), ("Sure?", "yes, I am"), images=(large, small)),
+        example(("One?", "1")),
+        example(("Say nothing.", "nothing")),
+        example(("Two?", "2, or more than that")),
+        example(("Where?", "left"), images=(large,)),
+        example(("Three?", "3")),
+    ]
+
+
+def fresh_model(recording: Recording):
+    return AutoModel.from_pretrained(recording.folder, trust_remote_code=True)
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def test_labels_are_the_answers_with_their_ends(recording):
+    batch = recording.processor.training_batch(mixed_examples())
+    tokenizer = recording.tokenizer
+    for row, conversation in zip(batch["labels"], mixed_examples(), strict=True):
+        answers = [message["content"] for message in conversation["messages"] if message["role"] == "assistant"]
+        expected = "".join(f"{answer}<|im_end|>" for answer in answers)
+        assert tokenizer.decode(row[row != IGNORED]).replace(" ", "") == expected.replace(" ", "")
+    labelled = batch["labels"] != IGNORED
+    assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
+    # What Trainer counts is what the loss takes the mean of: no label at the start or predicted by an image token.
+    assert not labelled[:, 0].any()
+    assert not (labelled[:, 1:] & (batch["input_ids"][:, :-1] == recording.model.config.image_token_id)).any()
+
+
+def test_training_ids_begin_like_the_ids_that_chat_sees(recording):
+    image = recorded_image(120, 90, 1)
+    batch = recording.processor.training_batch([example(("What is it?", "a wave"), images=(image,))])
+    start = int((batch["labels"][0] != IGNORED).nonzero()[0])
+    images = recording.model._image_inputs(image, None, None)
+    ids = recording.model._encode_chat(recording.tokenizer, [("<image>\nWhat is it?", None)], images)
+    assert ids[0].tolist() == batch["input_ids"][0, :start].tolist()
+    assert torch.equal(images["pixel_values"], batch["pixel_values"])
+
+
+def test_packed_conversations_do_not_see_each_other(recording):
+    examples, processor = mixed_examples(), recording.processor
+    alone = [processor.training_batch([one]) for one in examples]
+    lengths = [batch["input_ids"].shape[1] for batch in alone]
+    packed = processor.training_batch(examples, row_length=sum(lengths))
+    assert packed["input_ids"].shape == (1, sum(lengths))
+    with torch.no_grad():
+        outputs = recording.model(**packed)
+        single = torch.cat([recording.model(**batch).logits[0] for batch in alone])
+        padded = recording.model(**processor.training_batch(examples))
+    assert relative_error(outputs.logits[0], single) < 1e-5
+    assert outputs.loss.item() == pytest.approx(padded.loss.item(), rel=1e-5)
+
+
+def test_rows_are_filled_up_to_their_length(recording):
+    examples, processor = mixed_examples(), recording.processor
+    lengths = [len(row[row > 0]) for row in processor.training_batch(examples)["attention_mask"]]
+    row_length = max(lengths) + min(lengths)
+    packed = processor.training_batch(examples, row_length=row_length)
+    assert 1 < len(packed["input_ids"]) < len(examples) and packed["input_ids"].shape[1] <= row_length
+    with torch.no_grad():
+        padded = recording.model(**processor.training_batch(examples)).loss
+        assert recording.model(**packed).loss.item() == pytest.approx(padded.item(), rel=1e-5)
+
+
+def test_image_settings_reach_the_image_processor(recording):
+    one = [example(("What is it?", "a wave"), images=(recorded_image(200, 150, 0),))]
+    batch = recording.processor.training_batch(one, multi_scale=False)
+    assert len(batch["image_grid_thw"]) == 1 < len(recording.processor.training_batch(one)["image_grid_thw"])
+
+
+@pytest.mark.parametrize(
+    ("examples", "row_length", "message"),
+    [
+        ([], None, "at least one example"),
+        ([[{"role": "user", "content": "Hi"}]], None, "as its `messages`"),
+        ([{"messages": [{"role": "user", "content": "Hi"}]}], None, "needs a question, then an answer"),
+        ([{"messages": [{"role": "assistant", "content": "Hi"}]}], None, "needs a question, then an answer"),
+        ([example(("Hi", "a long answer"))], 4, r"tokens but row_length is 4"),
+        ([example(("Hi", "<|im_end|>"))], None, "reserved"),
+    ],
+)
+def test_bad_examples_are_refused(recording, examples, row_length, message):
+    with pytest.raises(ValueError, match=message):
+        recording.processor.training_batch(examples, row_length=row_length)
+
+
+# -- what trains -------------------------------------------------------------------------------------------------------
+
+
+def test_stages_train_what_the_paper_says(recording):
+    model = fresh_model(recording)
+    trained = {}
+    for stage in ("s1.2", "s2", "s1.1"):
+        model.set_training_stage(stage)
+        trained[stage] = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = {name for name, _ in model.named_parameters()}
+    text = {name for name in names if name.startswith("language_model") and ".visual." not in name}
+    attention = {name for name in text if ".self_attn.text." in name}
+    assert attention and names - text
+    assert trained == {"s1.1": names - text, "s1.2": names - text | attention, "s2": names}
+    with pytest.raises(ValueError, match=r"\['s1.1', 's1.2', 's2'\], got 'S3'"):
+        model.set_training_stage("S3")
+
+
+@pytest.mark.parametrize("stage", ["s1.1", "s2"])
+@pytest.mark.parametrize("with_image", [False, True])
+def test_every_training_parameter_has_a_gradient(recording, stage, with_image):
+    model = fresh_model(recording).train()
+    model.set_training_stage(stage)
+    images = (recorded_image(64, 64, 0),) if with_image else ()
+    model(**recording.processor.training_batch([example(("Hi", "there"), images=images)])).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    visual = [p.grad.abs().sum() for name, p in model.named_parameters() if ".visual." in name]
+    assert all(total == 0 for total in visual) != with_image
+
+
+def test_loss_of_a_text_is_that_of_a_plain_llm(recording):
+    batch = recording.processor.training_batch([example(("Hi", "there"))])
+    with torch.no_grad():
+        assert torch.equal(recording.model(**batch).loss, recording.model.language_model(**batch).loss)
+
+
+def test_nothing_to_learn_is_no_loss(recording):
+    model = fresh_model(recording).train()
+    batch = recording.processor.training_batch([example(("Hi", "there"))])
+    batch["labels"].fill_(IGNORED)
+    for options in ({}, {"num_items_in_batch": torch.tensor(0)}, {"loss_weight": torch.zeros(batch["labels"].shape)}):
+        model.zero_grad()
+        loss = model(**batch, **options).loss
+        loss.backward()
+        assert loss == 0 and all(parameter.grad.abs().sum() == 0 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_encoder_trains_behind_a_frozen_input(recording, use_reentrant):
+    model = fresh_model(recording).train()
+    batch = recording.processor.training_batch(mixed_examples()[:2])
+    gradients = []
+    for checkpointing in (False, True):
+        model.set_training_stage("s1.1")
+        model.vision_model.patch_embedding.requires_grad_(False)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        model(**batch).loss.backward()
+        gradients.append(model.vision_model.blocks[0].attn.qkv.weight.grad.clone())
+    model.disable_input_require_grads()
+    assert gradients[0].abs().sum() > 0
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+# -- Trainer -----------------------------------------------------------------------------------------------------------
+
+
+def trained(recording, folder, **options) -> tuple[list[tuple[float, float]], torch.nn.Module]:
+    """Loss and gradient norm of each step, and the model."""
+    row_length = options.pop("row_length", None)
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        use_cpu=True,
+        optim="sgd",
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        remove_unused_columns=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
+    collate = partial(recording.processor.training_batch, row_length=row_length)
+    model = fresh_model(recording)
+    trainer = Trainer(model=model, args=args, data_collator=collate, train_dataset=mixed_examples())
+    trainer.train()
+    return [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row], model
+
+
+def test_accumulated_packed_and_checkpointed_steps_equal_whole_ones(recordings, tmp_path):
+    recording = recordings["qwen3"]
+    whole, model = trained(recording, tmp_path, per_device_train_batch_size=4)
+    accumulated, other = trained(recording, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    packed, _ = trained(recording, tmp_path, per_device_train_batch_size=4, row_length=2000)
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    checkpointed, _ = trained(recording, tmp_path, per_device_train_batch_size=4, **options)
+    assert whole[0] != pytest.approx(whole[1], rel=1e-2)
+    for rows in (accumulated, packed, checkpointed):
+        for row, expected in zip(rows, whole, strict=True):
+            assert row == pytest.approx(expected, rel=2e-4)  # the log has four decimals
+    for parameter, expected in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(parameter, expected, atol=1e-5)
+
+
+def test_evaluation_loss_of_trainer(recording, tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, remove_unused_columns=False, report_to=[], disable_tqdm=True)
+    collate = recording.processor.training_batch
+    trainer = Trainer(recording.model, args, data_collator=collate, eval_dataset=mixed_examples())
+    trainer.args.prediction_loss_only = True
+    with torch.no_grad():
+        expected = recording.model(**collate(mixed_examples())).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+# -- the example -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    """The examples as a JSONL file beside their pictures."""
+    lines = []
+    for number, one in enumerate(mixed_examples()):
+        for part in one["messages"][0]["content"]:
+            if part["type"] == "image":
+                part["path"] = f"{number}-{part['image'].width}.png"
+                part.pop("image").save(tmp_path / part["path"])
+        lines.append(json.dumps(one))
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def logged(folder) -> list[tuple[float, float]]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [(row["loss"], row["grad_norm"]) for row in history if "loss" in row]
+
+
+def test_example_teaches_its_answers(recordings, conversations, tmp_path):
+    recording = recordings["qwen3"]
+    output = tmp_path / "out"
+    options = ["--model", str(recording.folder), "--data", str(conversations), "--output", str(output)]
+    conversations.write_text("\n".join(conversations.read_text().splitlines()[:2]))
+    settings = ["--steps", "16", "--learning-rate", "0.01", "--row-length", "2000"]
+    assert finetune.main([*options, *settings, "--checkpointing"]) == 0
+    losses = [loss for loss, _ in logged(output)]
+    assert len(losses) == 16 and losses[-1] < 0.3 * losses[0]
+    model = AutoModel.from_pretrained(output, trust_remote_code=True).eval()
+    assert model.chat(recording.tokenizer, recorded_image(64, 64, 0), "What is it?", {"max_new_tokens": 8}) == "a wave"
+    assert finetune.main([*options, "--row-length", "4"]) == 1
+
+
+@pytest.mark.parametrize("experts", finetune.LORA_TARGETS)
+def test_lora_trains_its_experts_alone_merges_and_reloads(recordings, conversations, tmp_path, experts):
+    peft = pytest.importorskip("peft")
+    recording = recordings["qwen3"]
+    output = tmp_path / "out"
+    options = ["--model", str(recording.folder), "--data", str(conversations), "--output", str(output)]
+    settings = ["--steps", "2", "--lora", experts, "--lora-rank", "4", "--learning-rate", "0.01", "--checkpointing"]
+    assert finetune.main([*options, *settings]) == 0
+    before, merged = (load_file(folder / "model.safetensors") for folder in (recording.folder, output))
+    assert before.keys() == merged.keys()
+    changed = {name for name in before if not torch.equal(before[name], merged[name])}
+    # What the last layer makes of a visual token reaches nobody but its keys and values.
+    last = f".layers.{recording.model.config.text_config.num_hidden_layers - 1}."
+    unread = {
+        name
+        for name in before
+        if last in name and ".visual." in name and not name.endswith(("k_proj.weight", "v_proj.weight"))
+    }
+    modalities = ("text", "visual") if experts == "both" else (experts,)
+    assert (
+        changed
+        == {
+            name
+            for name in before
+            for modality in modalities
+            if f".{modality}." in name and name.endswith("_proj.weight")
+        }
+        - unread
+    )
+    inputs = recording.inputs("single")
+    adapted = peft.PeftModel.from_pretrained(fresh_model(recording), output / "adapter").eval()
+    reloaded = AutoModel.from_pretrained(output, trust_remote_code=True).eval()
+    with torch.no_grad():
+        logits = reloaded(**inputs).logits
+        assert relative_error(adapted(**inputs).logits, logits) < 1e-5
+        assert relative_error(recording.model(**inputs).logits, logits) > 1e-3
+    settings = {"max_new_tokens": 4}
+    image = recorded_image(64, 64, 0)
+    assert adapted.chat(recording.tokenizer, image, "Hi", settings) == reloaded.chat(
+        recording.tokenizer, image, "Hi", settings
+    )
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+def test_ddp_and_fsdp_give_the_losses_of_one_process(recordings, tmp_path):
+    recording = recordings["qwen3"]
+    batches = [dict(recording.processor.training_batch([one])) for one in mixed_examples()]
+    torch.save(batches, tmp_path / "batches.pt")
+    torchrun("tests/distributed_worker.py", "train", recording.folder, tmp_path / "batches.pt", tmp_path / "losses.pt")
+    losses = torch.load(tmp_path / "losses.pt")
+
+    model = fresh_model(recording).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    collate = recording.processor.training_batch
+    expected = []
+    for start in range(0, 8, 2):
+        loss = model(**collate(mixed_examples()[start : start + 2])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    with torch.no_grad():
+        expected.append(model.eval()(**collate(mixed_examples()[:2])).loss.item())
+    assert expected[-1] < expected[0]
+    for strategy in ("ddp", "fsdp1", "fsdp2"):
+        assert losses[strategy] == pytest.approx(expected, rel=1e-4), strategy
+
+
+def test_example_on_two_processes_logs_the_losses_of_one(recordings, conversations, tmp_path):
+    options = ["--model", recordings["qwen3"].folder, "--data", conversations, "--learning-rate", "0.01", "--steps", 4]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert finetune.main([*map(str, options), "--output", str(one), "--batch-size", "2"]) == 0
+    torchrun("examples/finetune.py", *options, "--output", two, "--batch-size", 1)
+    for row, expected in zip(logged(two), logged(one), strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)

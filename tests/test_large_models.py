@@ -1,0 +1,126 @@
+"""Models larger than one device: placement, offload, tensor parallelism, quantized weights."""
+
+import fnmatch
+
+import pytest
+import torch
+from conftest import ROOT, recorded_image, relative_error
+from distributed_worker import torchrun
+from torch import nn
+from transformers import AutoModel, TorchAoConfig
+
+KEPT = ["vision_model", "connector", "lm_head"]
+SHORT = {"max_new_tokens": 5, "do_sample": False}
+
+
+def size_in_bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def block_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules}
+
+
+@pytest.mark.parametrize("share", [0.4, 0.8])
+def test_what_does_not_fit_is_offloaded_to_disk(recording, tmp_path, share):
+    """0.4 of the weights in memory cuts the vision encoder, 0.8 the decoder."""
+    model = AutoModel.from_pretrained(
+        recording.folder,
+        trust_remote_code=True,
+        device_map="auto",
+        max_memory={"cpu": int(share * size_in_bytes(recording.model))},
+        offload_folder=tmp_path,
+    ).eval()
+    placed = model.hf_device_map
+    assert set(placed.values()) == {"cpu", "disk"}
+    cut = "vision_model.blocks." if share < 0.5 else "language_model.model.layers."
+    assert {placed[name] for name in placed if name.startswith(cut)} == {"cpu", "disk"}
+    assert not any(name.startswith(f"{block}.") for name in placed for block in block_names(model))
+    inputs = recording.inputs("single")
+    with torch.no_grad():
+        assert relative_error(model(**inputs).logits, recording.model(**inputs).logits) < 1e-6
+        text = {"input_ids": inputs["input_ids"][:, :4], "labels": inputs["input_ids"][:, :4]}
+        assert torch.allclose(model(**text).loss, recording.model(**text).loss)
+    image = recorded_image(90, 60, 0)
+    expected = recording.model.chat(recording.tokenizer, image, "What?", SHORT)
+    assert model.chat(recording.tokenizer, image, "What?", SHORT) == expected
+
+
+def test_blocks_that_add_their_input_stay_whole(recording):
+    blocks = block_names(recording.model)
+    text, vision = recording.model.config.text_config, recording.model.config.vision_config
+    assert len(blocks) == text.num_hidden_layers + vision.num_hidden_layers
+
+
+def test_tensor_parallel_plan_covers_every_expert(recording):
+    model = recording.model
+    plan = model._tp_plan
+    linear = {
+        name: fnmatch.filter([name], "*.o_proj") or fnmatch.filter([name], "*.down_proj")
+        for name, module in model.language_model.model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    assert len(linear) == 14 * model.config.text_config.num_hidden_layers
+    for name, is_rowwise in linear.items():
+        full_name = f"language_model.model.{name}"
+        styles = [style for pattern, style in plan.items() if fnmatch.fnmatch(full_name, pattern)]
+        assert styles == ["rowwise" if is_rowwise else "colwise"], full_name
+    assert not any("vision_model" in pattern or "connector" in pattern for pattern in plan)
+
+
+def test_two_processes_hold_half_of_each_expert(recordings, tmp_path):
+    recording = recordings["qwen3"]
+    inputs = recording.inputs("single") | {"attention_mask": torch.ones_like(recording.inputs("single")["input_ids"])}
+    torch.save(inputs, tmp_path / "inputs.pt")
+    paths = (recording.folder, tmp_path / "inputs.pt", tmp_path / "outputs.pt")
+    torchrun("tests/distributed_worker.py", "tensor_parallel", *paths)
+    outputs = torch.load(tmp_path / "outputs.pt")
+    text = recording.model.config.text_config
+    assert outputs["local_rows"].tolist() == [text.num_attention_heads * text.head_dim // 2] * 2
+    with torch.no_grad():
+        assert relative_error(outputs["logits"], recording.model(**inputs).logits) < 1e-5
+    assert torch.equal(outputs["generated"], recording.model.generate(**inputs, max_new_tokens=6, do_sample=False))
+
+
+def test_quantized_experts_change_little_and_vision_nothing(recording):
+    quantization = pytest.importorskip("torchao.quantization")
+    granularity = pytest.importorskip("torchao.quantization.granularity")
+    schemes = {
+        "int8": quantization.Int8WeightOnlyConfig(),
+        "int4": quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity.PerGroup(32)),
+    }
+    inputs = recording.inputs("single")
+    features = (inputs["pixel_values"], inputs["image_grid_thw"])
+    divergence = {}
+    with torch.no_grad():
+        exact = recording.model(**inputs).logits.log_softmax(-1)
+        for name, scheme in schemes.items():
+            config = TorchAoConfig(scheme, modules_to_not_convert=list(KEPT))
+            model = AutoModel.from_pretrained(
+                recording.folder, trust_remote_code=True, quantization_config=config
+            ).eval()
+            quantized = {
+                name for name, module in model.named_modules() if hasattr(module, "weight") and is_quantized(module)
+            }
+            assert len(quantized) == 14 * model.config.text_config.num_hidden_layers
+            assert all(name.endswith("_proj") for name in quantized)
+            assert torch.equal(model.get_image_features(*features), recording.model.get_image_features(*features))
+            actual = model(**inputs).logits.log_softmax(-1)
+            divergence[name] = (exact.exp() * (exact - actual)).sum(-1).mean().item()
+    assert 0 < divergence["int8"] < 1e-3 and divergence["int8"] < divergence["int4"] < 0.1
+
+
+def is_quantized(module: nn.Module) -> bool:
+    return type(module.weight) not in (nn.Parameter, torch.Tensor)
+
+
+def test_quantization_benchmark_prints_its_table(capsys):
+    pytest.importorskip("torchao.quantization")
+    pytest.importorskip("matplotlib")
+    from benchmarks import quantization
+
+    assert quantization.main([str(ROOT / "tiny"), "--count", "1"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [row[0] for row in rows] == ["| float32", "| int8", "| int4"]
+    assert 0 < float(rows[1][1]) < float(rows[2][1]) < 1
+    assert all(row[2].endswith(" of 9 |") for row in rows)
