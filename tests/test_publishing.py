@@ -53,6 +53,7 @@ def run(hub, tmp_path):
     def run(*arguments, token=True, cache="cache"):
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         environment |= {"HF_HOME": str(tmp_path / cache), "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        environment |= {"HF_HUB_DISABLE_XET": "1"}  # the server stores large files by LFS
         environment |= {"HF_TOKEN": hub.token} if token else {}
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)

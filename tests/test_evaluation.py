@@ -1,0 +1,108 @@
+"""The wrappers for VLMEvalKit and lmms-eval, over a small benchmark of the recipe's generator."""
+
+import base64
+import csv
+import importlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from transformers import AutoModel, AutoTokenizer
+
+from recipes.tasks import make_sample
+
+sys.path.insert(0, str(ROOT / "examples" / "evaluation"))
+
+from navil_evaluation import NaViLAnswers, drawn, vlmevalkit  # noqa: E402
+
+COUNT = 4
+
+
+@pytest.fixture(scope="module")
+def wrapper():
+    return vlmevalkit.NaViLMessages(str(ROOT), subfolder="tiny", device="cpu", max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn")
+    assert drawn.main([str(folder), "--count", str(COUNT), "--dials", str(ROOT / "tiny" / "dials.json")]) == 0
+    csv.field_size_limit(2**31 - 1)
+    tables = {}
+    for task, name in drawn.TSV_OF_TASK.items():
+        with (folder / f"{name}.tsv").open(newline="", encoding="utf-8") as file:
+            tables[task] = list(csv.DictReader(file, delimiter="\t"))
+    return tables
+
+
+def message(row, folder):
+    """As the kit makes it: images written to files, then the question."""
+    encoded = eval(row["image"]) if row["image"].startswith("[") else [row["image"]]  # the kit's own way
+    paths = [folder / f"{row['index']}_{number}.png" for number in range(len(encoded))]
+    for path, image in zip(paths, encoded, strict=True):
+        path.write_bytes(base64.b64decode(image))
+    images = [{"type": "image", "value": str(path)} for path in paths]
+    return [*images, {"type": "text", "value": row["question"]}]
+
+
+@pytest.mark.parametrize("task", drawn.TSV_OF_TASK)
+def test_generate_inner_answers_a_table_as_chat_does(wrapper, tables, tmp_path, task):
+    options = {"subfolder": "tiny", "trust_remote_code": True}
+    model = AutoModel.from_pretrained(ROOT, **options).eval()
+    tokenizer = AutoTokenizer.from_pretrained(ROOT, **options)
+    rows = tables[task]
+    assert len(rows) == COUNT and list(rows[0]) == ["index", "image", "question", "answer"]
+    for row in rows:
+        parts = message(row, tmp_path)
+        images = [part["value"] for part in parts[:-1]]
+        assert len(images) == (2 if task == "two_images" else 1) and "<image>" not in row["question"]
+        expected = model.chat(tokenizer, images, row["question"], {"max_new_tokens": 8})
+        assert wrapper.generate_inner(parts, dataset="any") == expected
+
+
+def test_images_are_read_where_the_message_has_them(wrapper, tables, tmp_path):
+    first, second, question = message(tables["two_images"][0], tmp_path)
+    seen = []
+    wrapper.answers.model.chat, chat = lambda *given: seen.append(given[1:3]) or "", wrapper.answers.model.chat
+    try:
+        wrapper.generate_inner([first, {"type": "text", "value": "and then "}, second, question])
+        wrapper.generate_inner([question])
+    finally:
+        wrapper.answers.model.chat = chat
+    assert seen[0] == ([first["value"], second["value"]], f"<image>\nand then <image>\n{question['value']}")
+    assert seen[1] == (None, question["value"])
+
+
+def test_drawn_rows_are_the_held_out_samples(tables):
+    for row in tables["chart"]:
+        assert row["answer"] and row["question"]
+    full = [make_sample("chart", seed, 1.0, split="heldout").turns[0][1] for seed in range(COUNT)]
+    assert full != [row["answer"] for row in tables["chart"]]  # the dials made them easier
+
+
+@pytest.mark.parametrize("part", [("video", "a.mp4"), ("text", "see <image>")])
+def test_other_parts_are_refused(wrapper, part):
+    with pytest.raises(ValueError, match="must be text or image|may not contain"):
+        wrapper.answers.answer([part])
+
+
+def test_lmms_eval_model():
+    pytest.importorskip("lmms_eval")
+    module = importlib.import_module("navil_evaluation.lmms_eval")
+    model = module.NaViL(str(ROOT), subfolder="tiny", device="cpu", max_new_tokens="8")
+    sample = make_sample("chart", 0, 0.2, split="heldout")
+    model.task_dict = {"drawn": {"test": [sample]}}
+    request = SimpleNamespace(
+        args=(drawn.question(sample), {"until": ["\n"]}, lambda doc: doc.images, 0, "drawn", "test")
+    )
+    [answer] = model.generate_until([request])
+    assert answer == NaViLAnswers(str(ROOT), "tiny", "cpu", 8).answer(
+        [("image", sample.images[0]), ("text", drawn.question(sample))]
+    )
+
+
+def test_vlmevalkit_takes_the_wrapper():
+    pytest.importorskip("vlmeval")
+    base = importlib.import_module("vlmeval.vlm.base").BaseModel
+    assert issubclass(vlmevalkit.wrapper_class(), base) and vlmevalkit.wrapper_class().INTERLEAVE
