@@ -115,6 +115,8 @@ def expand_image_slots(
     if not allow_control_tokens:
         for text in texts:
             reject_tokens(text, SLOT_TOKENS)
+    if min(num_scales, default=0) < 0:
+        raise ValueError(f"num_scales must not be negative, got {list(num_scales)}")
     if sum(num_scales) != len(grids):
         raise ValueError(f"num_scales adds up to {sum(num_scales)} scales but image_grid_thw has {len(grids)}")
     num_placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)

@@ -10,7 +10,7 @@ from fuzzing import GROUNDING, SPECIAL, fuzz, texts
 from hypothesis import example, given
 from hypothesis import strategies as st
 from navil.image_processing_navil import NaViLImageProcessor, count_slot_tokens, plan_scales
-from navil.tokenization_navil import CONTROL_TOKENS, IMAGE_PLACEHOLDER, NaViLTokenizer
+from navil.tokenization_navil import CONTROL_TOKENS, IMAGE_PLACEHOLDER, NaViLTokenizer, expand_image_slots
 from transformers import AutoTokenizer
 
 import convert_checkpoint as converter
@@ -170,6 +170,11 @@ def test_things_that_are_no_conversation(recording, conversation):
 def test_things_that_are_no_text(recording, text):
     with pytest.raises(ValueError):
         recording.processor(text=text)
+
+
+def test_a_negative_number_of_scales_takes_none_away():
+    with pytest.raises(ValueError, match=r"must not be negative, got \[3, -1\]"):
+        expand_image_slots(["<image><image>"], [[1, 2, 2], [1, 2, 2]], [3, -1], 2)
 
 
 @fuzz

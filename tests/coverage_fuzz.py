@@ -1,0 +1,78 @@
+"""Coverage-guided fuzzing of the property-based tests' entry points, by atheris (`pip install atheris`).
+
+    python tests/coverage_fuzz.py images -max_total_time=600 -len_control=0
+    python tests/coverage_fuzz.py slots -max_total_time=600 -len_control=0
+    python tests/coverage_fuzz.py config -max_total_time=600 -len_control=0
+
+What follows the target's name goes to atheris and libFuzzer. Any error but a ValueError ends the run with the input.
+"""
+
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["navil", "PIL"]):
+    import conftest  # noqa: F401
+    from hypothesis import given
+    from hypothesis import strategies as st
+    from navil import configuration_navil as configuration
+    from navil import image_processing_navil as image_processing
+    from navil import tokenization_navil as tokenization
+
+from fuzzing import damaged_files, fuzz, texts
+from test_robustness import OWN_FIELDS, values
+
+DAMAGED = Path(tempfile.mkdtemp(prefix="navil-fuzz-")) / "damaged"
+
+
+@fuzz
+@given(data=damaged_files())
+def images(data):
+    DAMAGED.write_bytes(data)
+    try:
+        image_processing.NaViLImageProcessor(min_pixels=256, max_pixels=4096)(DAMAGED, multi_scale=True)
+    except ValueError:
+        pass
+
+
+numbers = st.integers(-1, 6)
+
+
+@fuzz
+@given(
+    prompts=st.lists(st.one_of(texts, st.just("<image>")), max_size=4),
+    grids=st.lists(st.tuples(numbers, numbers, numbers), max_size=4),
+    num_scales=st.lists(numbers, max_size=4),
+)
+def slots(prompts, grids, num_scales):
+    try:
+        expanded = tokenization.expand_image_slots(prompts, grids, num_scales, 2)
+    except ValueError:
+        return
+    assert sum(text.count("<img>") for text in expanded) == len(num_scales)
+
+
+@fuzz
+@given(data=st.data())
+def config(data):
+    config_class = data.draw(st.sampled_from(sorted(OWN_FIELDS, key=str)))
+    names = st.sampled_from(sorted(OWN_FIELDS[config_class]))
+    try:
+        getattr(configuration, config_class.__name__)(**data.draw(st.dictionaries(names, values, max_size=3)))
+    except ValueError:
+        pass
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    targets = {"images": images, "slots": slots, "config": config}
+    name = sys.argv.pop(1)
+    atheris.Setup(sys.argv, targets[name].hypothesis.fuzz_one_input)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
