@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ DTYPES = {
 """Dtypes of weights, by the name they have in a config."""
 
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TORCH_DTYPES = {word: dtype for dtype, word in SAFETENSORS_DTYPES.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,19 +64,20 @@ def preview(names: Any) -> str:
 class Tensors:
     """Tensors by name, read one at a time; their shapes and dtypes are known without reading them.
 
-    A tensor that came from a file is a window on it: it takes memory only while it is in use, and must not be changed.
+    A tensor is read from its file whenever it is asked for, so that it takes memory only while it is in use. It may be
+    a window on what is stored, and must not be changed.
     """
 
     def __init__(self) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype | str] = {}  # a file's own word where no weights should have it
-        self._readers: dict[str, Callable[[str], Tensor]] = {}
+        self._readers: dict[str, Callable[[], Tensor]] = {}
 
     @classmethod
     def in_memory(cls, state: Mapping[str, Tensor]) -> "Tensors":
         tensors = cls()
         for name, tensor in state.items():
-            tensors._add(name, tuple(tensor.shape), tensor.dtype, state.__getitem__)
+            tensors._add(name, tuple(tensor.shape), tensor.dtype, partial(state.__getitem__, name))
         return tensors
 
     @classmethod
@@ -101,7 +104,7 @@ class Tensors:
         return name in self.shapes
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._readers[name](name)
+        return self._readers[name]()
 
     def _add_files(self, folder: Path, weights_name: str, index_name: str) -> "Tensors":
         if not (folder / index_name).is_file():
@@ -123,22 +126,18 @@ class Tensors:
             raise ValueError(f"{named_by} names {name!r}, which is not a file in {folder}")
         if not is_inside(path, folder):
             raise ValueError(f"{path} is a link to {path.resolve()}, out of the folder")
-        # The file is opened anew for each tensor: what was read stays mapped, and counts as memory, until it is closed.
         if path.suffix == ".bin":
             for tensor_name, tensor in read_pickle(path).items():
                 shape, dtype = tuple(tensor.shape), tensor.dtype
-                self._add(tensor_name, shape, dtype, lambda wanted: read_pickle(path)[wanted])
+                self._add(tensor_name, shape, dtype, partial(pickled_tensor, path, tensor_name))
             return
-        dtypes = {word: dtype for dtype, word in SAFETENSORS_DTYPES.items()}
-        with open_safetensors(path) as file:
-            for tensor_name in file.keys():  # noqa: SIM118
-                part = file.get_slice(tensor_name)
-                dtype = dtypes.get(part.get_dtype(), part.get_dtype())
-                self._add(tensor_name, tuple(part.get_shape()), dtype, lambda wanted: read_safetensor(path, wanted))
+        for tensor_name, entry in read_safetensors_header(path).items():
+            shape = tuple(entry["shape"])
+            dtype = TORCH_DTYPES.get(entry["dtype"], entry["dtype"])
+            reader = partial(read_safetensor, path, entry["data_offsets"][0], shape, dtype)
+            self._add(tensor_name, shape, dtype, reader)
 
-    def _add(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | str, reader: Callable[[str], Tensor]
-    ) -> None:
+    def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | str, reader: Callable[[], Tensor]) -> None:
         if name in self.shapes:
             raise ValueError(f"the source has {name} twice")
         self.shapes[name], self.dtypes[name], self._readers[name] = shape, dtype, reader
@@ -150,16 +149,36 @@ def is_inside(path: Path, folder: Path) -> bool:
     return real == home or home.parent.name == "snapshots" and real == home.parent.parent / "blobs"
 
 
-def open_safetensors(path: Path) -> Any:
+def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Dtype, shape and `data_offsets` of each tensor; these are counted from the beginning of the file here."""
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, framework="np"):  # the library checks the file as a whole
+            pass
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+    header.pop("__metadata__", None)
+    for entry in header.values():
+        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
+    return header
 
 
-def read_safetensor(path: Path, name: str) -> Tensor:
-    with open_safetensors(path) as file:
-        return file.get_tensor(name)
+def read_safetensor(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """One tensor, read rather than mapped: a mapping of the file would need memory of the file's size to be free."""
+    tensor = torch.empty(shape, dtype=dtype)
+    with open(path, "rb") as file:
+        file.seek(offset)
+        num_read = file.readinto(tensor_bytes(tensor))
+    if num_read != tensor.nbytes:
+        raise ValueError(f"cannot read {path}: it ends before its tensors do")
+    return tensor
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -174,6 +193,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not is_state:
         raise ValueError(f"{path} must hold tensors by name, got {content!r:.80}")
     return content
+
+
+def pickled_tensor(path: Path, name: str) -> Tensor:
+    return read_pickle(path)[name]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,6 +239,22 @@ def write_safetensors(path: Path, plans: Mapping[str, TensorPlan], progress: Cal
 
     The library's own writer wants all tensors of a file in memory.
     """
+    names, header = safetensors_header(plans)
+    with open(path, "wb") as file:
+        file.write(header)
+        for name in names:
+            plan = plans[name]
+            tensor = plan.make().to(plan.dtype).contiguous()
+            if tuple(tensor.shape) != plan.shape:
+                raise AssertionError(f"{name} came out as {tuple(tensor.shape)}, planned as {plan.shape}")
+            file.write(tensor_bytes(tensor))
+            progress(plan.num_bytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def safetensors_header(plans: Mapping[str, TensorPlan]) -> tuple[list[str], bytes]:
+    """The order of the tensors in a file, and the bytes in front of them."""
     # Wide numbers first, so that every tensor begins at a multiple of its own size.
     names = sorted(plans, key=lambda name: -plans[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -226,17 +265,7 @@ def write_safetensors(path: Path, plans: Mapping[str, TensorPlan], progress: Cal
         header[name] = {"dtype": SAFETENSORS_DTYPES[plan.dtype], "shape": plan.shape, "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name in names:
-            plan = plans[name]
-            tensor = plan.make().to(plan.dtype).contiguous()
-            if tuple(tensor.shape) != plan.shape:
-                raise AssertionError(f"{name} came out as {tuple(tensor.shape)}, planned as {plan.shape}")
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-            progress(plan.num_bytes)
-        file.flush()
-        os.fsync(file.fileno())
+    return names, struct.pack("<Q", len(encoded)) + encoded
 
 
 @contextmanager
