@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
@@ -243,14 +243,17 @@ def write_safetensors(path: Path, plans: Mapping[str, TensorPlan], progress: Cal
     with open(path, "wb") as file:
         file.write(header)
         for name in names:
-            plan = plans[name]
-            tensor = plan.make().to(plan.dtype).contiguous()
-            if tuple(tensor.shape) != plan.shape:
-                raise AssertionError(f"{name} came out as {tuple(tensor.shape)}, planned as {plan.shape}")
-            file.write(tensor_bytes(tensor))
-            progress(plan.num_bytes)
+            write_tensor(file, name, plans[name])
+            progress(plans[name].num_bytes)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_tensor(file: BinaryIO, name: str, plan: TensorPlan) -> None:
+    tensor = plan.make().to(plan.dtype).contiguous()
+    if tuple(tensor.shape) != plan.shape:
+        raise AssertionError(f"{name} came out as {tuple(tensor.shape)}, planned as {plan.shape}")
+    file.write(tensor_bytes(tensor))
 
 
 def safetensors_header(plans: Mapping[str, TensorPlan]) -> tuple[list[str], bytes]:
