@@ -124,28 +124,35 @@ def read_gguf_tokenizer(path: Path, config: dict[str, Any]) -> SourceTokenizer:
     return SourceTokenizer(backend, tokens)
 
 
+def begins_with_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raises a ValueError unless a `NaViLTokenizer`'s chat template is one of the released ones."""
+    template, system_message = (tokenizer.init_kwargs[name] for name in ("template", "system_message"))
+    if tokenizer.chat_template != tokenization.chat_template(template, system_message, begins_with_bos(tokenizer)):
+        raise ValueError(f"the chat template is not {template!r} as released; the released layout has no other")
+
+
 def export_tokenizer(tokenizer: Any, backbone: str, sentencepiece: Path, folder: Path) -> None:
     """Writes a `NaViLTokenizer` as the files of a released one.
 
     Args:
         backbone: the released LLM, whose tokenizer class is named.
         sentencepiece: where the SentencePiece model lies that the tokenizer came from, if there is one.
-
-    Raises:
-        ValueError: a chat template that is not one of the released ones.
     """
-    settings = tokenizer.init_kwargs
-    template, system_message = settings["template"], settings["system_message"]
-    begins_with_bos = tokenizer.bos_token is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    if tokenizer.chat_template != tokenization.chat_template(template, system_message, begins_with_bos):
-        raise ValueError(f"the chat template is not {template!r} as released; the released layout has no other")
     tokenizer.save_pretrained(folder)
     saved = read_json(folder / "tokenizer_config.json")
     for name in ("auto_map", "template", "system_message", "chat_template", "extra_special_tokens"):
         saved.pop(name, None)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     if backbone == "internlm2" and sentencepiece.is_file():
-        saved |= {"tokenizer_class": "InternLM2Tokenizer", "add_bos_token": begins_with_bos, "add_eos_token": False}
+        saved |= {
+            "tokenizer_class": "InternLM2Tokenizer",
+            "add_bos_token": begins_with_bos(tokenizer),
+            "add_eos_token": False,
+        }
         shutil.copy(sentencepiece, folder / SENTENCEPIECE_NAME)
         (folder / "tokenizer.json").unlink()
     else:

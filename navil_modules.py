@@ -7,6 +7,10 @@ from types import ModuleType
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).resolve().parent
+CODE_FILES = tuple(
+    f"{name}_navil.py" for name in ("configuration", "image_processing", "modeling", "processing", "tokenization")
+)
+"""The code that a model folder carries with it."""
 
 
 def navil_module(name: str, class_name: str) -> ModuleType:

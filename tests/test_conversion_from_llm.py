@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import checkpoint_layouts as layouts
 import convert_checkpoint as converter
+from checkpoint_plans import find_gguf
 
 SIZES = {
     **{"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32},
@@ -338,8 +339,8 @@ def test_gguf_folder_must_hold_one_file(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(ValueError, match="2 GGUF files"):
-        converter.find_gguf(tmp_path)
+        find_gguf(tmp_path)
     (tmp_path / "a.gguf").unlink()
-    assert converter.find_gguf(tmp_path) == tmp_path / "b.gguf"
+    assert find_gguf(tmp_path) == tmp_path / "b.gguf"
     shutil.copy(FIXTURES / "qwen3" / "config.json", tmp_path)
-    assert converter.find_gguf(tmp_path) is None
+    assert find_gguf(tmp_path) is None
