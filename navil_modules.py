@@ -7,9 +7,7 @@ from types import ModuleType
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).resolve().parent
-CODE_FILES = tuple(
-    f"{name}_navil.py" for name in ("configuration", "image_processing", "modeling", "processing", "tokenization")
-)
+CODE_FILES = tuple(sorted(path.name for path in ROOT.glob("*_navil.py")))
 """The code that a model folder carries with it."""
 
 
