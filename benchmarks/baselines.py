@@ -14,7 +14,7 @@ from transformers import Qwen2VLImageProcessor, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from recipes.package import configuration, image_processing, modeling
+from navil_modules import configuration, image_processing, modeling
 
 
 def stock_image_processing(processor: image_processing.NaViLImageProcessor, image: Image.Image) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from recipes.package import configuration
+from navil_modules import configuration
 
 from .timing import seconds
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.package import modeling
+from navil_modules import modeling
 
 from . import baselines
 from .run import SIZES, vision_only

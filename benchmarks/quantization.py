@@ -23,7 +23,7 @@ from transformers import TorchAoConfig
 
 from recipes import data, evaluate
 from recipes.blueprint import load
-from recipes.package import modeling
+from navil_modules import modeling
 from recipes.tasks import TASKS, Sample
 
 KEPT = ("vision_model", "connector", "lm_head")

@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import DynamicCache, StaticCache
 
-from recipes.package import configuration, image_processing, modeling
+from navil_modules import configuration, image_processing, modeling
 
 from . import baselines, limits
 from .timing import alternate, median_ratio

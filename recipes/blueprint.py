@@ -5,7 +5,7 @@ import re
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from .drawing import SHADES, SHAPE_KINDS
-from .package import configuration, image_processing, modeling, processing, tokenization
+from navil_modules import configuration, image_processing, modeling, processing, tokenization
 from .tasks import GOODS, WORDINGS
 
 PAD_TOKEN = "<|endoftext|>"

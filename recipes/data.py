@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from .package import tokenization
+from navil_modules import tokenization
 from .tasks import DESCRIBE, TASKS, Sample, make_sample, make_text_sample
 
 IGNORE_INDEX = -100

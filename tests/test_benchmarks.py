@@ -9,7 +9,7 @@ from conftest import relative_error
 pytest.importorskip("matplotlib")  # as all of the recipes' packages, whose loader the benchmarks use
 
 from benchmarks import baselines, limits, memory, run  # noqa: E402
-from recipes.package import configuration, modeling  # noqa: E402
+from navil_modules import configuration, modeling  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,9 @@ from released_model import SPECIAL_TOKENS, ReleasedModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
+import checkpoint_layouts as layouts
 import convert_checkpoint as converter
+from navil_modules import configuration, modeling
 
 MODEL_FILES = {
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "README.md"),
@@ -62,32 +64,31 @@ def edit_tensors(folder: Path, change) -> None:
 @pytest.mark.parametrize(("size", "backbone"), [("2b", "internlm2"), ("9b", "qwen3")])
 def test_official_layout_becomes_the_preset(size, backbone):
     layout = json.loads((FIXTURES / f"official_layout_{size}.json").read_text())
-    preset = getattr(converter.configuration.NaViLConfig, f"navil_{size}")()
+    preset = getattr(configuration.NaViLConfig, f"navil_{size}")()
     recorded = layout["config"]
-    assert converter.convert_vision_config(recorded["vision_config"], 0.5).to_dict() == preset.vision_config.to_dict()
-    assert converter.convert_text_config(recorded["llm_config"], False).to_dict() == preset.text_config.to_dict()
+    assert layouts.convert_vision_config(recorded["vision_config"], 0.5).to_dict() == preset.vision_config.to_dict()
+    assert layouts.convert_text_config(recorded["llm_config"], False).to_dict() == preset.text_config.to_dict()
     budget = ("min_dynamic_patch", "max_dynamic_patch", "scale_downsample_ratio")
     assert all(recorded[name] == getattr(preset, name) for name in budget)
 
-    rules = converter.official_rules(preset, backbone, range(12), *converter.EMBEDDING_NAMES[backbone])
+    rules = layouts.official_rules(preset, backbone, range(12), *layouts.EMBEDDING_NAMES[backbone])
     shapes = {name: tuple(shape) for name, shape in layout["tensors"].items()}
-    converter.check_sources(rules, shapes)
-    modeling = converter.navil_module("modeling_navil", "NaViLForConditionalGeneration")
+    layouts.check_sources(rules, shapes)
     with torch.device("meta"):
         model = modeling.NaViLForConditionalGeneration(preset)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    assert {rule.target: converter.target_shape(rule, shapes) for rule in rules} == expected
+    assert {rule.target: rule.shape() for rule in rules} == expected
     assert len(rules) == len(expected)
 
 
 def test_root_config_is_navil_2b():
-    preset = converter.configuration.NaViLConfig.navil_2b().to_dict()
-    root = converter.configuration.NaViLConfig(**json.loads((ROOT / "config.json").read_text())).to_dict()
+    preset = configuration.NaViLConfig.navil_2b().to_dict()
+    root = configuration.NaViLConfig(**json.loads((ROOT / "config.json").read_text())).to_dict()
     for settings in (preset, root):
         for name in ("architectures", "torch_dtype", "dtype", "transformers_version"):  # dtype from 4.56 on
             settings.pop(name, None)
     assert root == preset
-    assert json.loads((ROOT / "config.json").read_text())["auto_map"] == converter.configuration.AUTO_MAP
+    assert json.loads((ROOT / "config.json").read_text())["auto_map"] == configuration.AUTO_MAP
 
 
 # -- variants without a recording --------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def write_variant(folder: Path, backbone: str, variant: dict) -> dict[str, torch
         config[name].update(value) if isinstance(value, dict) else config.update({name: value})
     (folder / "config.json").write_text(json.dumps(config))
     shapes = released_shapes(FIXTURES / backbone, config)
-    embedding, head = converter.EMBEDDING_NAMES[backbone]
+    embedding, head = layouts.EMBEDDING_NAMES[backbone]
     if config["llm_config"]["tie_word_embeddings"]:
         del shapes[head if tied_name == "embedding" else embedding]
     tensors = {}
@@ -216,7 +217,7 @@ def test_tied_checkpoint_may_store_its_head_if_equal(source, tmp_path, capsys):
 def test_converted_folder_is_complete(recording):
     assert {path.name for path in recording.folder.iterdir()} >= MODEL_FILES
     config = json.loads((recording.folder / "config.json").read_text())
-    assert config["auto_map"] == converter.configuration.AUTO_MAP
+    assert config["auto_map"] == configuration.AUTO_MAP
     generation = json.loads((recording.folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == recording.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert generation["max_new_tokens"] == 1024
@@ -264,7 +265,7 @@ def test_existing_destination_is_refused(source, tmp_path, capsys):
 TENSOR_CHANGES = {
     "lacks 1 tensors: mlp1.3.bias": lambda tensors: tensors.pop("mlp1.3.bias"),
     "has 1 unknown tensors: extra.weight": lambda tensors: tensors.update({"extra.weight": torch.zeros(2)}),
-    "mlp1.3.bias is torch.int8": lambda tensors: tensors.update({"mlp1.3.bias": torch.zeros(64, dtype=torch.int8)}),
+    "mlp1.3.bias is I8": lambda tensors: tensors.update({"mlp1.3.bias": torch.zeros(64, dtype=torch.int8)}),
     "mlp1.3.bias is (63,), not (64,)": lambda tensors: tensors.update({"mlp1.3.bias": torch.zeros(63)}),
 }
 

@@ -1,0 +1,174 @@
+"""convert_checkpoint.py verify: what is wrong with a folder is named; a good one is shown to answer as its source."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BACKBONES, FIXTURES
+from safetensors.torch import load_file, save_file
+from test_conversion_from_llm import convert as grow
+from test_conversion_from_llm import smollm2, write_llm
+from test_conversion_from_llm import test_internlm2_equals_llama as write_internlm2
+
+import convert_checkpoint as converter
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("verify") / "navil"
+    assert converter.main(["official", str(FIXTURES / "qwen3"), str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(converted, tmp_path) -> Path:
+    """A model folder to tamper with."""
+    return Path(shutil.copytree(converted, tmp_path / "navil"))
+
+
+def report(capsys, *arguments: str | Path) -> tuple[int, dict[str, str]]:
+    """Exit code, and the report's lines by what they check."""
+    capsys.readouterr()
+    code = converter.main(["verify", *map(str, arguments)])
+    output = capsys.readouterr()
+    assert "error: " not in output.err, output.err
+    return code, {line[:24].strip(): line[24:] for line in output.out.splitlines()}
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_conversion_answers_as_its_source(tmp_path, capsys, backbone, dtype):
+    arguments = [str(FIXTURES / backbone), str(tmp_path / "navil"), "--dtype", dtype]
+    assert converter.main(["official", *arguments]) == 0
+    code, lines = report(capsys, tmp_path / "navil", "--against", FIXTURES / backbone)
+    assert code == 0 and all(line.startswith("ok") for line in lines.values())
+    count = len(load_file(tmp_path / "navil" / "model.safetensors"))
+    assert f"{count} of {count} as converted" in lines["tensors"]
+    for name in ("text", "picture"):
+        kl = float(re.search(r"([\d.e+-]+) nats on average", lines[f"KL, {name}"])[1])
+        assert kl < (1e-12 if dtype == "float32" else 1e-3)
+        agreement = float(re.search(r"([\d.]+)%", lines[f"top-1 agreement, {name}"])[1])
+        assert agreement == 100 if dtype == "float32" else agreement > 80
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama"])
+def test_a_grown_llm_answers_text_as_its_source(tmp_path, capsys, architecture):
+    write_llm(tmp_path / "llm", model_type=architecture, head_dim=16, vocab_size=330)
+    folder = grow(tmp_path / "llm", tmp_path / "navil")
+    code, lines = report(capsys, folder, "--against", tmp_path / "llm")
+    assert code == 0 and "KL, picture" not in lines
+    assert lines["top-1 agreement, text"] == "ok      100.0%"
+    assert float(re.search(r"([\d.e+-]+) nats", lines["KL, text"])[1]) < 1e-9
+
+
+def test_internlm2_is_compared_too(tmp_path, capsys):
+    write_internlm2(tmp_path)  # leaves the LLM and what was grown from it
+    code, lines = report(capsys, tmp_path / "navil", "--against", tmp_path / "llm")
+    assert code == 0 and lines["top-1 agreement, text"] == "ok      100.0%"
+
+
+def test_another_model_is_not_the_source(folder, tmp_path, capsys):
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    name = "language_model.model.layers.1.mlp.text.down_proj.weight"
+    edit_tensors(other, lambda tensors: tensors.update({name: torch.randn_like(tensors[name])}))
+    code, lines = report(capsys, folder, "--against", other)
+    assert code == 1
+    assert f"{name} differs most" in lines["tensors"]
+    assert lines["KL, text"].startswith("FAILED") and lines["KL, picture"].startswith("FAILED")
+    code, lines = report(capsys, folder, "--against", other, "--max-kl", "1000")
+    assert code == 0
+
+
+NAME = "connector.fc1.weight"
+
+
+def spoil(value: float):
+    def change(tensors):
+        tensors[NAME][0, :3] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "message"),
+    [
+        (spoil(float("nan")), "numbers", f"{NAME} has 3 NaN and 0 infinite"),
+        (spoil(float("-inf")), "numbers", f"{NAME} has 0 NaN and 3 infinite"),
+        (lambda t: t.pop(NAME), "names", f"1 missing: {NAME}"),
+        (lambda t: t.update({"extra": torch.zeros(1)}), "no others", "1 unknown: extra"),
+        (lambda t: t.update({NAME: torch.zeros(2, 3)}), "shapes", f"{NAME} is (2, 3), not (64, 320)"),
+        (lambda t: t.update({NAME: t[NAME].half()}), "dtype", f"{NAME} is torch.float16"),
+        (lambda t: t.update({NAME: t[NAME].to(torch.int8)}), "dtype", f"{NAME} is I8"),
+    ],
+)
+def test_bad_tensors_are_named(folder, capsys, change, check, message):
+    edit_tensors(folder, change)
+    code, lines = report(capsys, folder)
+    assert code == 1
+    assert lines[check].startswith("FAILED") and message in lines[check]
+    assert [name for name, line in lines.items() if line.startswith("FAILED")] == [check]
+
+
+def test_overflow_in_a_forward_pass_is_reported(folder, capsys):
+    edit_tensors(folder, lambda tensors: tensors[NAME].fill_(3e38))
+    code, lines = report(capsys, folder)
+    assert code == 1 and lines["forward passes"] == "FAILED  not finite: picture"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "check", "message"),
+    [
+        ("config.json", {"image_token_id": 5}, "tokenizer", "image_token_id is 5, not 8"),
+        ("config.json", {"torch_dtype": "bfloat16"}, "dtype", "torch.float32"),
+        ("preprocessor_config.json", {"patch_size": 14}, "image processor", "patch_size is 14, not 16"),
+        ("preprocessor_config.json", {"patch_size": -1}, "image processor", "patch_size"),
+    ],
+)
+def test_files_that_disagree_are_named(folder, capsys, name, changes, check, message):
+    settings = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(settings | changes))
+    code, lines = report(capsys, folder)
+    assert code == 1 and lines[check].startswith("FAILED") and message in lines[check]
+
+
+def test_incomplete_folders(folder, capsys):
+    for name, check in (
+        ("preprocessor_config.json", "image processor"),
+        ("tokenizer.json", "tokenizer"),
+        ("model.safetensors", "weights"),
+    ):
+        (folder / name).unlink()
+        code, lines = report(capsys, folder)
+        assert code == 1 and lines[check].startswith("FAILED")
+    (folder / "config.json").unlink()
+    assert converter.main(["verify", str(folder)]) == 1
+    assert "cannot read" in capsys.readouterr().err
+    assert converter.main(["verify", str(FIXTURES / "qwen3")]) == 1
+    assert "model_type='navil_chat'" in capsys.readouterr().err
+
+
+def test_the_folders_code_is_compared_and_not_run(folder, tmp_path, capsys):
+    _, lines = report(capsys, folder)
+    assert lines["code"] == "ok      this package's"
+    trap = f"open({str(tmp_path / 'executed')!r}, 'w').close()\n"
+    (folder / "modeling_navil.py").write_text(trap)
+    code, lines = report(capsys, folder)
+    assert code == 0 and "differs" in lines["code"] and "modeling_navil.py" in lines["code"]
+    assert not (tmp_path / "executed").exists()
+
+
+def test_smollm2(tmp_path, capsys):
+    pytest.importorskip("gguf")
+    folder = grow(smollm2(), tmp_path / "navil", "--vision-size", "2x128")
+    code, lines = report(capsys, folder, "--against", smollm2())
+    assert code == 0 and lines["top-1 agreement, text"] == "ok      100.0%"
+    assert float(re.search(r"([\d.e+-]+) nats", lines["KL, text"])[1]) < 1e-6
