@@ -21,9 +21,9 @@ from torchao.quantization.granularity import PerGroup
 from tqdm import tqdm
 from transformers import TorchAoConfig
 
+from navil_modules import modeling
 from recipes import data, evaluate
 from recipes.blueprint import load
-from navil_modules import modeling
 from recipes.tasks import TASKS, Sample
 
 KEPT = ("vision_model", "connector", "lm_head")

@@ -4,8 +4,9 @@ import re
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from .drawing import SHADES, SHAPE_KINDS
 from navil_modules import configuration, image_processing, modeling, processing, tokenization
+
+from .drawing import SHADES, SHAPE_KINDS
 from .tasks import GOODS, WORDINGS
 
 PAD_TOKEN = "<|endoftext|>"

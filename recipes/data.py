@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from navil_modules import tokenization
+
 from .tasks import DESCRIBE, TASKS, Sample, make_sample, make_text_sample
 
 IGNORE_INDEX = -100
