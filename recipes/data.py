@@ -85,8 +85,8 @@ def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
     """Rows of samples -> one batch.
 
     Returns:
-        `input_ids`, `labels`, `loss_weight`, `position_ids` (B, L); `attention_mask` (B, 1, L, L) bool, block-diagonal and causal;
-        the images' inputs if there are any; `sample_index` (B, L), the sample that each token belongs to or -1;
+        `input_ids`, `labels`, `loss_weight`, `position_ids` (B, L); `attention_mask` (B, 1, L, L) bool, block-diagonal
+        and causal; the images' inputs if there are any; `sample_index` (B, L), each token's sample or -1;
         `task_index` (answers,), the task of each stretch of labels.
     """
     length = max(sum(len(sample.input_ids) for sample in row) for row in rows)
