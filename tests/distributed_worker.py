@@ -1,4 +1,4 @@
-"""Two processes on the CPU (gloo): what each of them does, and how test_finetuning.py and test_large_models.py start them.
+"""Two processes on the CPU (gloo): what each does, and how test_finetuning.py and test_large_models.py start them.
 
 accelerate takes FSDP for DDP on a CPU, so torch's own FSDP is wrapped around the model here.
 """
