@@ -70,6 +70,9 @@ class HubServer:
         self.requests: list[str] = []
         server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{server.server_port}"
+        self.storage = (
+            f"http://localhost:{server.server_port}"  # another host than the Hub's own, as the client expects
+        )
         self._server = server
 
     def __enter__(self) -> "HubServer":
@@ -270,7 +273,7 @@ class _Handler(BaseHTTPRequestHandler):
         digest, size = files[path]
         headers = {"X-Repo-Commit": sha, "X-Linked-Size": str(size), "X-Linked-Etag": f'"{digest}"'}
         if path.endswith(BINARY_SUFFIXES):
-            location = {"Location": f"{self.hub.endpoint}/lfs/{digest}"}
+            location = {"Location": f"{self.hub.storage}/lfs/{digest}"}
             return self._json(HTTPStatus.FOUND, {}, headers | location)
         self._file(digest, headers)
 

@@ -85,7 +85,7 @@ def test_model_tokenizer_and_processor_are_pushed_and_load_elsewhere(recordings,
     assert pushed.returncode == 0, pushed.stderr
     _, files = hub.repository("tester/navil-small").at("main")
     code = {path.name for path in ROOT.glob("*_navil.py")}
-    assert code | {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= files.keys()
+    assert code | {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"} <= files.keys()
     assert any(request.startswith("PUT /lfs/upload/") for request in hub.requests)
     assert_loads(run, "tester/navil-small", tmp_path / "expected.pt")
 
