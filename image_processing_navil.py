@@ -375,7 +375,7 @@ class NaViLImageProcessor(BaseImageProcessor):
                 of text; no more patches are made than fit.
             kwargs: transformers' usual switches, with the values of `RELEASED_SETTINGS` only.
 
-        An image is decoded whole (a JPEG far above the budget to at least twice the budget's sides), one at a time;
+        Images are decoded one at a time, whole and as RGB (a JPEG file far above the budget to a fraction of its size);
         all that follows takes memory in proportion to the pixel budget.
 
         Returns:
