@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -215,9 +216,16 @@ def count_grid_tokens(grids: Sequence[Sequence[int]], merge: int) -> int:
     return 2 + sum(frames * (rows // merge * (columns // merge + 1) + 1) for frames, rows, columns in grids)
 
 
-def count_slot_tokens(sizes: Sequence[tuple[int, int]], cell: int) -> int:
-    """As `count_grid_tokens`, of scales as `plan_scales` gives them, with merged cells of `cell` pixels."""
-    return count_grid_tokens([(1, math.ceil(height / cell), math.ceil(width / cell)) for height, width in sizes], 1)
+def count_slot_tokens(*plans: Sequence[tuple[int, int]], cell: int) -> int:
+    """As `count_grid_tokens`, of scales as `plan_scales` gives them, with merged cells of `cell` pixels.
+
+    Several plans are those of sizes between which an image's lies: counted are the most rows and columns of each scale.
+    """
+    grids = []
+    for scales in zip_longest(*(plan[::-1] for plan in plans)):
+        heights, widths = zip(*filter(None, scales), strict=True)
+        grids.append((1, math.ceil(max(heights) / cell), math.ceil(max(widths) / cell)))
+    return count_grid_tokens(grids, 1)
 
 
 def largest_fitting_budget(
@@ -231,17 +239,15 @@ def largest_fitting_budget(
     """A `max_pixels`, as large as bisection finds it, with which all images' slots take `max_tokens` at most.
 
     Args:
-        images: (height, width) in pixels of each image; several where it is not known exactly, all of which must fit.
+        images: (height, width) in pixels of each image; several of an image that is not known exactly.
 
     Returns:
         None when not even `min_pixels` is small enough.
     """
 
     def fits(budget: int) -> bool:
-        return max_tokens >= sum(
-            max(count_slot_tokens(plan_scales(*size, cell, min_pixels, budget, tau), cell) for size in sizes)
-            for sizes in images
-        )
+        plans = ([plan_scales(*size, cell, min_pixels, budget, tau) for size in sizes] for sizes in images)
+        return sum(count_slot_tokens(*plans_of_image, cell=cell) for plans_of_image in plans) <= max_tokens
 
     low, high = math.ceil(min_pixels), math.floor(min(max_pixels, max(h * w for sizes in images for h, w in sizes)))
     if not fits(low):
@@ -253,15 +259,21 @@ def largest_fitting_budget(
 
 
 def possible_sizes(height: int, width: int, cell: int) -> list[tuple[int, int]]:
-    """The extreme (height, width) in pixels that a picture padded to this size may have had before."""
-    extremes = [(height - bottom, width - right) for bottom in (0, cell - 1) for right in (0, cell - 1)]
-    return [(min(h, MAX_ASPECT_RATIO * w), min(w, MAX_ASPECT_RATIO * h)) for h, w in extremes]
+    """Sizes (height, width) in pixels, a few of all, that a picture padded to this size may have had before."""
+    slack = [step * (cell - 1) // 3 for step in range(4)]
+    sizes = [(height - bottom, width - right) for bottom in slack for right in slack]
+    return [(min(h, MAX_ASPECT_RATIO * w), min(w, MAX_ASPECT_RATIO * h)) for h, w in sizes]
 
 
 def context_error(
-    num_tokens: int, context_length: int, num_images: int = 0, max_pixels: int | None = None
+    num_tokens: int, context_length: int, num_images: int = 0, max_pixels: int | None = None, is_exact: bool = True
 ) -> ValueError:
-    """What to say of a prompt that is too long; `max_pixels` as `largest_fitting_budget` gives it."""
+    """What to say of a prompt that is too long.
+
+    Args:
+        max_pixels: as `largest_fitting_budget` gives it.
+        is_exact: whether that was computed from the pictures' own sizes.
+    """
     problem = f"the prompt has {num_tokens} tokens but the context holds {context_length}"
     if not num_images:
         return ValueError(f"{problem}: shorten the text")
@@ -270,7 +282,7 @@ def context_error(
         return ValueError(
             f"{problem}: with no max_pixels would {images} fit; give fewer, shorten the text or lower min_pixels"
         )
-    return ValueError(f"{problem}: {images} would fit with max_pixels={max_pixels}")
+    return ValueError(f"{problem}: {images} {'would' if is_exact else 'should'} fit with max_pixels={max_pixels}")
 
 
 def patchify(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
@@ -365,7 +377,7 @@ class NaViLImageProcessor(BaseImageProcessor):
                 of text; no more patches are made than fit.
             kwargs: transformers' usual switches, with the values of `RELEASED_SETTINGS` only.
 
-        An image is decoded whole (a JPEG far above the budget to at least twice the budget's sides), one at a time;
+        Images are decoded one at a time, whole and as RGB (a JPEG file far above the budget to a fraction of its size);
         all that follows takes memory in proportion to the pixel budget.
 
         Returns:
@@ -396,7 +408,7 @@ class NaViLImageProcessor(BaseImageProcessor):
                 full_sizes.append((picture.height, picture.width))
                 sizes = plan_scales(picture.height, picture.width, cell, min_pixels, max_pixels, tau)
                 num_scales.append(len(sizes))
-                num_tokens += count_slot_tokens(sizes, cell)
+                num_tokens += count_slot_tokens(sizes, cell=cell)
                 if context_length is not None and num_tokens > context_length:
                     continue  # count on, for the error
                 for patches, grid in pool.map(partial(self._scale_to_patches, picture.pixels), sizes):

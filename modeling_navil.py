@@ -1177,17 +1177,17 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, GenerationMixin):
         first_scales = (num_scales.cumsum(0) - num_scales).tolist()
         images = [grids for grids, first in zip(images, first_scales, strict=True) if is_of_row[first]]
         num_text = num_tokens - sum(count_grid_tokens(grids, self.image_processor.merge_size) for grids in images)
-        raise context_error(num_tokens, limit, len(images), self._fitting_budget(images, limit - num_text))
+        raise context_error(num_tokens, limit, len(images), self._fitting_budget(images, limit - num_text), False)
 
     def _fitting_budget(self, images: list[list[list[int]]], max_tokens: int) -> int | None:
-        """A `max_pixels` with which images known by their grids alone fit, whatever they were unpadded."""
+        """A `max_pixels` with which images fit that are known by their grids alone; a fifth of the room is a margin."""
         processor = self.image_processor
         patch, cell = processor.patch_size, processor.patch_size * processor.merge_size
         sizes = [
             possible_sizes(rows * patch, columns * patch, cell) for _, rows, columns in (grids[-1] for grids in images)
         ]
         tau = processor.scale_downsample_ratio if any(len(grids) > 1 for grids in images) else None
-        return largest_fitting_budget(sizes, cell, processor.min_pixels, math.inf, tau, max_tokens)
+        return largest_fitting_budget(sizes, cell, processor.min_pixels, math.inf, tau, max_tokens * 4 // 5)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, visual_token_mask: Tensor | None = None, **kwargs

@@ -20,7 +20,7 @@ from navil.image_processing_navil import (
     plan_scales,
 )
 from navil.tokenization_navil import image_slot
-from PIL import Image
+from PIL import Image, ImageFile
 
 CRASHES = sorted((FIXTURES / "crashes").iterdir())
 GRADIENT = np.add.outer(np.arange(0, 160, 8), np.arange(0, 90, 3)).astype(np.uint8)  # 20 x 30
@@ -126,6 +126,19 @@ def test_files_that_once_crashed(path):
     """Found by fuzzing: Pillow's errors were RuntimeErrors and the like, or named no file."""
     with pytest.raises(ValueError, match="cannot read an image from"):
         load_image(path)
+
+
+def test_a_decoder_that_runs_out_of_memory(tmp_path, monkeypatch):
+    """A damaged JPEG 2000 once did, at a size that its header made up."""
+    recorded_image(8, 8, 0).save(tmp_path / "picture.png")
+
+    def load(self):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "load", load)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(ValueError, match="cannot read an image from '.*picture.png': MemoryError"):
+        load_image(tmp_path / "picture.png")
 
 
 @fuzz
@@ -241,7 +254,7 @@ def test_scales_keep_the_budget(size, budget, tau):
         assert aspect_error <= max(height, width) / min(height, width) + 1
     grids = [(1, -(-height // 32) * 2, -(-width // 32) * 2) for height, width in scales]
     if sum(rows * columns for _, rows, columns in grids) < 40_000:
-        assert count_slot_tokens(scales, 32) == image_slot(grids, 2).count("<")
+        assert count_slot_tokens(scales, cell=32) == image_slot(grids, 2).count("<")
 
 
 @fuzz
@@ -252,7 +265,7 @@ def test_scales_keep_the_budget(size, budget, tau):
 )
 def test_a_suggested_budget_fits(images, max_tokens, tau):
     def tokens(budget: int) -> int:
-        return sum(count_slot_tokens(plan_scales(*size, 32, 4096, budget, tau), 32) for size in images)
+        return sum(count_slot_tokens(plan_scales(*size, 32, 4096, budget, tau), cell=32) for size in images)
 
     suggested = largest_fitting_budget([[size] for size in images], 32, 4096, 10**7, tau, max_tokens)
     if suggested is None:
