@@ -15,6 +15,7 @@ from checkpoint_layouts import require
 from navil_modules import tokenization
 
 TURN_TOKENS = ("<|im_start|>", tokenization.END_OF_TURN)
+TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 SENTENCEPIECE_NAME = "tokenizer.model"
 
 
@@ -144,8 +145,15 @@ def export_tokenizer(tokenizer: Any, backbone: str, sentencepiece: Path, folder:
     """
     tokenizer.save_pretrained(folder)
     saved = read_json(folder / "tokenizer_config.json")
-    for name in ("auto_map", "template", "system_message", "chat_template", "extra_special_tokens"):
+    extra = saved.pop("extra_special_tokens", None)  # transformers 5's name for the additional ones
+    if isinstance(extra, list):
+        saved["additional_special_tokens"] = extra
+    for name in ("auto_map", "template", "system_message", "chat_template"):
         saved.pop(name, None)
+    saved["added_tokens_decoder"] = {
+        str(token_id): {"content": token.content} | {flag: getattr(token, flag) for flag in TOKEN_FLAGS}
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+    }
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     if backbone == "internlm2" and sentencepiece.is_file():
         saved |= {
@@ -177,9 +185,8 @@ def token_text(token: str | dict[str, Any] | None) -> str | None:
 
 def declared_tokens(source: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
     """Added tokens by id, from `tokenizer_config.json` or else `added_tokens.json`."""
-    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     declared = {
-        int(token_id): AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
+        int(token_id): AddedToken(token["content"], **{flag: token[flag] for flag in TOKEN_FLAGS if flag in token})
         for token_id, token in (settings.get("added_tokens_decoder") or {}).items()
     }
     if not declared and (source / "added_tokens.json").is_file():

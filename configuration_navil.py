@@ -238,6 +238,8 @@ class NaViLTextConfig(_NaViLPartConfig):
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ):
+        # transformers 5 saves the scaling under another name, beside the base.
+        rope_scaling = kwargs.pop("rope_parameters", None) or rope_scaling
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -255,8 +257,8 @@ class NaViLTextConfig(_NaViLPartConfig):
         self.attention_output_bias = attention_bias if attention_output_bias is None else attention_output_bias
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
-        self.rope_scaling = rope_scaling
         self.max_position_embeddings = max_position_embeddings
+        self.rope_scaling = rope_scaling  # transformers 5 checks it against the line above
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range
         self.use_cache = use_cache

@@ -16,12 +16,19 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def measure(*command: str) -> tuple[float, float]:
-    """Seconds and peak resident memory, in MB, of a command that must succeed."""
+class Cost(NamedTuple):
+    wall: float  # seconds
+    cpu: float  # seconds of all cores, user and system
+    memory: float  # peak resident, MB
+
+
+def measure(*command: str) -> Cost:
+    """What a command costs that must succeed."""
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -29,7 +36,11 @@ def measure(*command: str) -> tuple[float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}")
-    return seconds, usage.ru_maxrss / 1024
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+
+
+def show(cost: Cost) -> str:
+    return f"{cost.wall:.1f} s (CPU {cost.cpu:.1f} s)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,30 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, metavar="SRC", help="folder in the released layout")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="default: %(default)s")
     options = parser.parse_args(arguments)
-    _, torch_memory = measure(sys.executable, "-c", "import torch")
+    torch_memory = measure(sys.executable, "-c", "import torch").memory
     print(f"interpreter with torch: {torch_memory:.0f} MB")
-    copies, conversions, memories = [], [], []
+    copies, conversions = [], []
     with tempfile.TemporaryDirectory(dir=options.source.resolve().parent) as scratch:
+        copy, converted = Path(scratch) / "copy", Path(scratch) / "converted"
         for run in range(options.runs):
-            target = Path(scratch) / "copy"
-            copies.append(measure("sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(options.source), str(target))[0])
-            shutil.rmtree(target)
-            target = Path(scratch) / "converted"
-            command = (
-                sys.executable,
-                str(ROOT / "convert_checkpoint.py"),
-                "official",
-                str(options.source),
-                str(target),
-            )
-            seconds, memory = measure(*command)
-            conversions.append(seconds)
-            memories.append(memory - torch_memory)
-            shutil.rmtree(target)
-            print(f"run {run}: copy {copies[-1]:.1f} s, conversion {seconds:.1f} s, +{memories[-1]:.0f} MB")
-    copy, conversion = statistics.median(copies), statistics.median(conversions)
-    print(f"median: copy {copy:.1f} s, conversion {conversion:.1f} s, ratio {conversion / copy:.2f}")
-    print(f"peak memory above the interpreter with torch: {max(memories):.0f} MB")
+            copies.append(measure("sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(options.source), str(copy)))
+            shutil.rmtree(copy)
+            converter = (sys.executable, str(ROOT / "convert_checkpoint.py"))
+            conversions.append(measure(*converter, "official", str(options.source), str(converted)))
+            shutil.rmtree(converted)
+            print(f"run {run}: copy {show(copies[-1])}; conversion {show(conversions[-1])}", flush=True)
+    before, after = (statistics.median(cost.wall for cost in costs) for costs in (copies, conversions))
+    print(f"median: copy {before:.1f} s, conversion {after:.1f} s, ratio {after / before:.2f}")
+    memory = max(cost.memory for cost in conversions) - torch_memory
+    print(f"peak memory above the interpreter with torch: {memory:.0f} MB")
     return 0
 
 

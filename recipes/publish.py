@@ -91,7 +91,10 @@ def publish(checkpoint: Path, destination: Path, count: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Publish a checkpoint with its held-out results.")
+    parser = argparse.ArgumentParser(
+        description="Publish a checkpoint with its held-out results.",
+        epilog="example: python -m recipes.publish runs/s2/final tiny --count 300",
+    )
     parser.add_argument("checkpoint", type=Path, help="folder that recipes.train wrote, a checkpoint or final")
     parser.add_argument("destination", type=Path, help="folder to write, tiny")
     parser.add_argument("--count", type=int, default=300, help="held-out samples per task (%(default)s)")

@@ -75,7 +75,8 @@ def test_round_trip_from_here_is_exact(tmp_path, backbone):
             assert relative_error(after[name], tensor) < 1e-5
         else:
             assert torch.equal(after[name], tensor), name
-    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "generation_config.json"):
+    processor = "processor_config.json"  # the image processor's settings are in it from transformers 5 on
+    for name in ("config.json", "tokenizer.json", processor, "generation_config.json"):
         one, other = (json.loads((path / name).read_text()) for path in (folder, again))
         assert one == other
     one, other = (AutoTokenizer.from_pretrained(path, trust_remote_code=True) for path in (folder, again))
@@ -182,6 +183,7 @@ def test_a_chat_template_of_its_own_is_refused(tmp_path, capsys):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["chat_template"] = "{{ messages[0].content }}"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(settings["chat_template"])  # where later versions look
     assert "not 'qwen3-chat' as released" in refusal(capsys, folder, tmp_path / "released")
 
 

@@ -1,5 +1,6 @@
 """convert_checkpoint.py from-llm: a text LLM becomes a NaViL that answers text as before and can learn pictures."""
 
+import copy
 import json
 import math
 import shutil
@@ -57,7 +58,7 @@ def copy_tokenizer(folder: Path) -> None:
 
 def write_llm(folder: Path, **settings) -> torch.nn.Module:
     """A text LLM with random weights, saved by transformers."""
-    settings = SIZES | settings
+    settings = copy.deepcopy(SIZES | settings)  # transformers 5 writes into it
     config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -187,12 +188,23 @@ def test_transformers_5_config_is_understood(tmp_path):
     write_llm(tmp_path / "llm", model_type="llama", rope_scaling={"rope_type": "linear", "factor": 2.0})
     config = json.loads((tmp_path / "llm" / "config.json").read_text())
     for name in ("rope_theta", "rope_scaling"):
-        del config[name]
+        config.pop(name, None)
     config["rope_parameters"] = {"rope_theta": 5000.0, "rope_type": "linear", "factor": 2.0}
     config["layer_types"] = ["full_attention", "full_attention"]
     (tmp_path / "llm" / "config.json").write_text(json.dumps(config))
     text = load(convert(tmp_path / "llm", tmp_path / "navil")).config.text_config
     assert (text.rope_theta, text.rope_type, text.rope_factor) == (5000.0, "linear", 2.0)
+
+
+def test_scaling_survives_under_the_name_that_transformers_5_gives_it(tmp_path):
+    write_llm(tmp_path / "llm", model_type="llama", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    folder = convert(tmp_path / "llm", tmp_path / "navil")
+    config = json.loads((folder / "config.json").read_text())
+    scaling = config["text_config"].pop("rope_scaling", None) or config["text_config"]["rope_parameters"]
+    config["text_config"]["rope_parameters"] = scaling
+    (folder / "config.json").write_text(json.dumps(config))
+    text = load(folder).config.text_config
+    assert (text.rope_type, text.rope_factor) == ("dynamic", 2.0)
 
 
 # -- size of the vision encoder ----------------------------------------------------------------------------------------

@@ -124,29 +124,40 @@ def test_overflow_in_a_forward_pass_is_reported(folder, capsys):
     assert code == 1 and lines["forward passes"] == "FAILED  not finite: picture"
 
 
+IMAGES = "the image processor's"
+
+
+def image_settings(folder: Path) -> Path:
+    """Where the image processor's settings are: transformers 5 has one file for the whole processor."""
+    path = folder / "preprocessor_config.json"
+    return path if path.is_file() else folder / "processor_config.json"
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "check", "message"),
     [
         ("config.json", {"image_token_id": 5}, "tokenizer", "image_token_id is 5, not 8"),
-        ("config.json", {"torch_dtype": "bfloat16"}, "dtype", "torch.float32"),
-        ("preprocessor_config.json", {"patch_size": 14}, "image processor", "patch_size is 14, not 16"),
-        ("preprocessor_config.json", {"patch_size": -1}, "image processor", "patch_size"),
+        ("config.json", {"torch_dtype": "bfloat16", "dtype": "bfloat16"}, "dtype", "torch.float32"),
+        (IMAGES, {"patch_size": 14}, "image processor", "patch_size is 14, not 16"),
+        (IMAGES, {"patch_size": -1}, "image processor", "patch_size"),
     ],
 )
 def test_files_that_disagree_are_named(folder, capsys, name, changes, check, message):
-    settings = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps(settings | changes))
+    path = image_settings(folder) if name == IMAGES else folder / name
+    settings = json.loads(path.read_text())
+    settings.get("image_processor", settings).update(changes)
+    path.write_text(json.dumps(settings))
     code, lines = report(capsys, folder)
     assert code == 1 and lines[check].startswith("FAILED") and message in lines[check]
 
 
 def test_incomplete_folders(folder, capsys):
-    for name, check in (
-        ("preprocessor_config.json", "image processor"),
-        ("tokenizer.json", "tokenizer"),
-        ("model.safetensors", "weights"),
+    for path, check in (
+        (image_settings(folder), "image processor"),
+        (folder / "tokenizer.json", "tokenizer"),
+        (folder / "model.safetensors", "weights"),
     ):
-        (folder / name).unlink()
+        path.unlink()
         code, lines = report(capsys, folder)
         assert code == 1 and lines[check].startswith("FAILED")
     (folder / "config.json").unlink()
