@@ -45,7 +45,10 @@ def draw_run(runs: Path) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Plot losses and dials of a training run.")
+    parser = argparse.ArgumentParser(
+        description="Plot losses and dials of a training run.",
+        epilog="example: python -m recipes.plot runs --output runs/training.png",
+    )
     parser.add_argument("runs", type=Path, help="folder that recipes.train wrote")
     parser.add_argument("--output", type=Path, default=Path("training.png"), help="PNG to write (%(default)s)")
     options = parser.parse_args(arguments)
