@@ -223,8 +223,8 @@ def grown_config(source: dict[str, Any], tokenizer: Any, shape: tuple[int, int],
 
 def token_ids(tokenizer: Any) -> dict[str, int | None]:
     return {
-        "image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        "image_start_token_id": tokenizer.convert_tokens_to_ids("<img>"),
+        "image_token_id": tokenizer.convert_tokens_to_ids(tokenization.IMAGE_TOKEN),
+        "image_start_token_id": tokenizer.convert_tokens_to_ids(tokenization.IMAGE_START_TOKEN),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.convert_tokens_to_ids(tokenization.END_OF_TURN),
         "pad_token_id": tokenizer.pad_token_id,

@@ -160,8 +160,7 @@ class NaViLProcessor(ProcessorMixin):
         """
         if not examples:
             raise ValueError("expected at least one example, got none")
-        images_kwargs = {**NaViLProcessorKwargs._defaults["images_kwargs"], **images_kwargs}
-        encoded = [self._encode_conversation(example, images_kwargs) for example in examples]
+        encoded = [self.encode_conversation(example, **images_kwargs) for example in examples]
         rows = [[conversation] for conversation in encoded] if row_length is None else fill_rows(encoded, row_length)
         batch = join_rows(rows, self.tokenizer.pad_token_id)
         sample_index, position_ids = batch.pop("sample_index"), batch.pop("position_ids")
@@ -170,7 +169,13 @@ class NaViLProcessor(ProcessorMixin):
         attention_mask = block_diagonal_mask(sample_index)
         return BatchFeature({**batch, "attention_mask": attention_mask, "position_ids": position_ids})
 
-    def _encode_conversation(self, example: dict[str, Any], images_kwargs: dict[str, Any]) -> "Conversation":
+    def encode_conversation(self, example: dict[str, Any], **images_kwargs: Any) -> "Conversation":
+        """One example of a `training_batch`: its ids, its labels and its images' inputs; arguments as there.
+
+        Raises:
+            ValueError: an example without messages or answers, or an image in an answer.
+        """
+        images_kwargs = {**NaViLProcessorKwargs._defaults["images_kwargs"], **images_kwargs}
         messages = example.get("messages") if isinstance(example, dict) else None
         if not messages:
             raise ValueError(f"an example is a dict with a conversation as its `messages`, got {example!r:.80}")
@@ -251,7 +256,7 @@ def _image_source(part: dict[str, Any]) -> Any:
 
 
 class Conversation(NamedTuple):
-    """A conversation to train on: ids and labels (L,), and its images' inputs, if any."""
+    """A conversation to train on: ids and labels (L,), -100 outside its answers, and its images' inputs, if any."""
 
     input_ids: Tensor
     labels: Tensor

@@ -13,6 +13,7 @@ from typing import Any
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 IMAGE_PLACEHOLDER = "<image>"
+IMAGE_START_TOKEN, IMAGE_TOKEN = "<img>", "<IMG_CONTEXT>"
 END_OF_TURN = "<|im_end|>"
 IMAGE_TOKENS = (
     *("</box>", "<box>", "<IMG_CONTEXT>", "</img>", "<img>", "</quad>", "<quad>", "</ref>", "<ref>"),
@@ -20,7 +21,7 @@ IMAGE_TOKENS = (
 )
 """The 12 image tokens, in the row order of the released `special_token_embedding` table (reference §4)."""
 
-SLOT_TOKENS = ("<img>", "<IMG_CONTEXT>", "<IMG_LINE_BREAK>", "<IMG_FRAME_BREAK>", "</img>", "<img_uncond>")
+SLOT_TOKENS = (IMAGE_START_TOKEN, IMAGE_TOKEN, "<IMG_LINE_BREAK>", "<IMG_FRAME_BREAK>", "</img>", "<img_uncond>")
 """Image tokens that only the package writes; the others mark grounded answers and are content."""
 
 CONTROL_TOKENS = (*SLOT_TOKENS, "<|im_start|>", END_OF_TURN)
@@ -87,9 +88,9 @@ def image_slot(grids: Iterable[Sequence[int]], merge_size: int) -> str:
     """
     frames = []
     for num_frames, rows, columns in grids:
-        row = "<IMG_CONTEXT>" * (columns // merge_size) + "<IMG_LINE_BREAK>"
+        row = IMAGE_TOKEN * (columns // merge_size) + "<IMG_LINE_BREAK>"
         frames += [row * (rows // merge_size) + "<IMG_FRAME_BREAK>"] * num_frames
-    return "<img>" + "".join(frames) + "</img>"
+    return IMAGE_START_TOKEN + "".join(frames) + "</img>"
 
 
 def expand_image_slots(

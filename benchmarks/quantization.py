@@ -43,9 +43,9 @@ def load_quantized(folder: Path, scheme: str, group: int) -> nn.Module:
 @torch.no_grad()
 def answer_log_probabilities(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """(labels, vocabulary) of the positions that predict an answer's tokens."""
-    inputs = {name: batch[name] for name in batch if name not in ("labels", "sample_index", "task_index")}
+    inputs = {name: batch[name] for name in batch if name not in ("labels", "task_index")}
     logits = model(**inputs, use_cache=False).logits[:, :-1]
-    return logits[batch["labels"][:, 1:] != data.IGNORE_INDEX].float().log_softmax(-1)
+    return logits[data.answer_index(batch["labels"][:, 1:]) >= 0].float().log_softmax(-1)
 
 
 def mean_kl(exact: nn.Module, quantized: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:

@@ -80,8 +80,8 @@ def build_config(tokenizer):
         },
         min_dynamic_patch=64,
         max_dynamic_patch=1024,
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        image_start_token_id=tokenizer.convert_tokens_to_ids("<img>"),
+        image_token_id=tokenizer.convert_tokens_to_ids(tokenization.IMAGE_TOKEN),
+        image_start_token_id=tokenizer.convert_tokens_to_ids(tokenization.IMAGE_START_TOKEN),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

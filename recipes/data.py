@@ -6,23 +6,20 @@ Packed samples do not see each other: every row carries a block-diagonal causal 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from navil_modules import tokenization
+from navil_modules import processing
 
 from .tasks import DESCRIBE, TASKS, Sample, make_sample, make_text_sample
 
-IGNORE_INDEX = -100
 TEXT_PRETRAINING = "pretrain_text"
 ALL_TASKS = (*TASKS, DESCRIBE, TEXT_PRETRAINING)
 """Every kind of sample; a task's place in it is its index in batches and dials."""
-
-ANSWER_START = "<|im_start|>assistant\n"
 
 
 def draw(task: str, seed: int, difficulty: float) -> Sample:
@@ -31,92 +28,70 @@ def draw(task: str, seed: int, difficulty: float) -> Sample:
     return make_sample(task, seed, difficulty)
 
 
-@dataclass
-class Encoded:
+class Encoded(NamedTuple):
     """One sample, ready for packing."""
 
     task: int
     num_answers: int
-    input_ids: list[int]
-    labels: list[int]
-    loss_weight: list[float]  # 1 / sqrt(labels of the answer): neither long answers nor short ones make up all the loss
-    images: dict[str, Tensor] = field(default_factory=dict)
+    conversation: processing.Conversation
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.conversation.input_ids)
 
     @property
     def num_patches(self) -> int:
-        return len(self.images["pixel_values"]) if self.images else 0
+        return len(self.conversation.images.get("pixel_values", ()))
 
 
-def conversation(sample: Sample) -> list[dict[str, str]]:
-    return [
-        {"role": role, "content": text}
-        for turn in sample.turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
+def messages(turns: Sequence[tuple[str, str | None]], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """(question, answer) turns as a chat template takes them, the images in front of the first question.
+
+    An answer of None is still to come.
+    """
+    image_parts = [{"type": "image", "image": image} for image in images]
+    told = []
+    for question, answer in turns:
+        told.append({"role": "user", "content": [*image_parts, {"type": "text", "text": question}]})
+        image_parts = []
+        if answer is not None:
+            told.append({"role": "assistant", "content": answer})
+    return told
 
 
 def encode(sample: Sample, processor: Any) -> Encoded:
     """Ids of the whole conversation, with labels on every answer and the token that ends it."""
-    tokenizer = processor.tokenizer
-    images = {}
-    if sample.images:
-        images = dict(processor.image_processor(sample.images, multi_scale=True, return_tensors="pt"))
-    text = tokenizer.apply_chat_template(conversation(sample), tokenize=False)
-    [text] = tokenization.expand_image_slots(
-        [text],
-        images["image_grid_thw"].tolist() if images else [],
-        images["num_scales"].tolist() if images else [],
-        processor.image_processor.merge_size,
-    )
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    input_ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    labels, loss_weight = [IGNORE_INDEX] * len(input_ids), [0.0] * len(input_ids)
-    stop = 0
-    for _, answer in sample.turns:
-        start = text.index(ANSWER_START, stop) + len(ANSWER_START)
-        stop = start + len(answer) + len(tokenization.END_OF_TURN)
-        inside = [index for index, (left, right) in enumerate(offsets) if start <= left and right <= stop]
-        for index in inside:
-            labels[index], loss_weight[index] = input_ids[index], len(inside) ** -0.5
-    return Encoded(ALL_TASKS.index(sample.task), len(sample.turns), input_ids, labels, loss_weight, images)
+    conversation = processor.encode_conversation({"messages": messages(sample.turns, sample.images)})
+    return Encoded(ALL_TASKS.index(sample.task), len(sample.turns), conversation)
+
+
+def answer_index(labels: Tensor) -> Tensor:
+    """(B, L) labels -> (B, L) which answer, counted over the batch, a label belongs to; -1 where there is none.
+
+    An answer is a stretch of labels.
+    """
+    counted = labels != processing.IGNORE_INDEX
+    starts = counted.clone()
+    starts[:, 1:] &= ~counted[:, :-1]
+    return torch.where(counted, starts.flatten().cumsum(0).view_as(starts) - 1, -1)
 
 
 def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
     """Rows of samples -> one batch.
 
     Returns:
-        `input_ids`, `labels`, `loss_weight`, `position_ids` (B, L); `attention_mask` (B, 1, L, L) bool, block-diagonal
-        and causal; the images' inputs if there are any; `sample_index` (B, L), each token's sample or -1;
-        `task_index` (answers,), the task of each stretch of labels.
+        `input_ids`, `labels`, `position_ids` (B, L); `loss_weight` (B, L), 1 / sqrt(labels of the answer), so that
+        neither long answers nor short ones make up all the loss; `attention_mask` (B, 1, L, L) bool, block-diagonal
+        and causal; the images' inputs if there are any; `task_index` (answers,), the task of each stretch of labels.
     """
-    length = max(sum(len(sample.input_ids) for sample in row) for row in rows)
-    shape = (len(rows), length)
-    batch = {
-        "input_ids": torch.full(shape, pad_id),
-        "labels": torch.full(shape, IGNORE_INDEX),
-        "loss_weight": torch.zeros(shape),
-        "position_ids": torch.zeros(shape, dtype=torch.long),
-        "sample_index": torch.full(shape, -1),
-    }
-    samples: list[Encoded] = []
-    for number, row in enumerate(rows):
-        start = 0
-        for sample in row:
-            place = (number, slice(start, start + len(sample.input_ids)))
-            batch["input_ids"][place] = torch.tensor(sample.input_ids)
-            batch["labels"][place] = torch.tensor(sample.labels)
-            batch["loss_weight"][place] = torch.tensor(sample.loss_weight)
-            batch["position_ids"][place] = torch.arange(len(sample.input_ids))
-            batch["sample_index"][place] = len(samples)
-            samples.append(sample)
-            start += len(sample.input_ids)
-    same_sample = batch["sample_index"][:, :, None] == batch["sample_index"][:, None]
-    batch["attention_mask"] = (same_sample & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+    batch = processing.join_rows([[sample.conversation for sample in row] for row in rows], pad_id)
+    batch["attention_mask"] = processing.block_diagonal_mask(batch.pop("sample_index"))
+    answer = answer_index(batch["labels"])
+    is_answer = answer >= 0
+    batch["loss_weight"] = torch.zeros(answer.shape)
+    batch["loss_weight"][is_answer] = answer[is_answer].bincount()[answer[is_answer]] ** -0.5
+    samples = [sample for row in rows for sample in row]
     batch["task_index"] = torch.tensor([sample.task for sample in samples for _ in range(sample.num_answers)])
-    with_images = [sample.images for sample in samples if sample.images]
-    if with_images:
-        for name in ("pixel_values", "image_grid_thw", "num_scales"):
-            batch[name] = torch.cat([images[name] for images in with_images])
     return batch
 
 
@@ -138,9 +113,9 @@ class PackedSamples(IterableDataset):
         weights: Tensor,
         difficulty: Tensor,
         first_seed: int = 0,
-        rows: int = 8,
+        rows: int = 16,
         row_length: int = 256,
-        max_patches: int = 4096,
+        max_patches: int = 8192,
     ):
         self.processor = processor
         self.weights = weights
@@ -174,7 +149,7 @@ class PackedSamples(IterableDataset):
         if rows and num_patches + sample.num_patches > self.max_patches:
             return False
         for row in rows:
-            if sum(len(other.input_ids) for other in row) + len(sample.input_ids) <= self.row_length:
+            if sum(other.num_tokens for other in row) + sample.num_tokens <= self.row_length:
                 row.append(sample)
                 return True
         if len(rows) < self.rows:

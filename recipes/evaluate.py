@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .blueprint import load
+from .data import messages
 from .tasks import TASKS, Sample, is_correct, make_sample
 
 SIZE_GROUPS = {
@@ -44,17 +45,14 @@ def answer_batch(
     model: Any, processor: Any, conversations: list[tuple[list, list]], **image_settings: Any
 ) -> list[str]:
     """Answers to the last question of each (turns so far, images); turns are (question, answer or None)."""
-    texts = []
-    for turns, _ in conversations:
-        messages = []
-        for question, answer in turns:
-            messages.append({"role": "user", "content": question})
-            if answer is not None:
-                messages.append({"role": "assistant", "content": answer})
-        texts.append(processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    images = [image for _, images in conversations for image in images]
-    inputs = processor(
-        images=images or None, text=texts, padding=True, return_tensors="pt", add_special_tokens=False, **image_settings
+    inputs = processor.apply_chat_template(
+        [messages(turns, images) for turns, images in conversations],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        padding=True,
+        return_tensors="pt",
+        **image_settings,
     ).to(model.device)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=64)
     new_ids = output[:, inputs["input_ids"].shape[1] :]

@@ -209,7 +209,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation. The first question starts with "<image>\\n" once per image; images are RGB."""
+    """One conversation about images (RGB), which stand in front of its first question."""
 
     task: str
     images: list[Image.Image]
@@ -741,7 +741,7 @@ def make_sample(task: str, seed: int, difficulty: float = 1.0, split: str = "tra
     rng = _seeded(task, split, seed)
     level = _level(rng, difficulty, split)
     images, turns = _MAKERS[task](rng, level, split)
-    return _worded(rng, level, task, images, "<image>\n" * len(images), turns)
+    return _worded(rng, level, task, images, "", turns)
 
 
 def make_text_sample(seed: int, difficulty: float = 1.0) -> Sample:

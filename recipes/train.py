@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from .blueprint import build_model, build_processor, build_tokenizer, load, question_words
-from .data import ALL_TASKS, IGNORE_INDEX, TEXT_PRETRAINING, PackedSamples
+from .data import ALL_TASKS, TEXT_PRETRAINING, PackedSamples, answer_index
 from .tasks import DESCRIBE
 
 DIALS_FILE = "dials.json"
@@ -34,22 +34,13 @@ LOG_FILE = "log.jsonl"
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: what trains, on which mix of tasks, how long and how fast."""
+    """One stage: on which mix of tasks, how long and how fast."""
 
-    trains: Callable[[str], bool]  # by parameter name
     mix: dict[str, float]
     steps: int
     learning_rate: float
     weight_decay: float
     decay: float = 0.0  # share of the steps, the last ones, over which the learning rate falls to 0
-
-
-def is_text_expert(name: str) -> bool:
-    return name.startswith("language_model") and ".visual." not in name
-
-
-def is_visual(name: str) -> bool:
-    return not is_text_expert(name)
 
 
 PICTURES = {"text": 0.27, "receipt": 0.12, "chart": 0.12, "scene": 0.12, "grounding": 0.09}
@@ -58,10 +49,10 @@ WITH_TEXT = PICTURES | {"text_only": 0.1, TEXT_PRETRAINING: 0.05}
 
 STAGES = {
     # The base LLM: formats, arithmetic and copying, from text alone.
-    "text": Stage(is_text_expert, {TEXT_PRETRAINING: 0.5, "text_only": 0.5}, 3000, 1e-3, 0.05),
-    "s1.1": Stage(is_visual, PICTURES, 1000, 1e-3, 0.05),
-    "s1.2": Stage(lambda name: is_visual(name) or ".self_attn.text." in name, WITH_TEXT, 500, 1e-3, 0.1),
-    "s2": Stage(lambda name: True, WITH_TEXT, 60000, 7e-4, 0.01, decay=0.15),
+    "text": Stage({TEXT_PRETRAINING: 0.5, "text_only": 0.5}, 3000, 1e-3, 0.05),
+    "s1.1": Stage(PICTURES, 1000, 1e-3, 0.05),
+    "s1.2": Stage(WITH_TEXT, 500, 1e-3, 0.1),
+    "s2": Stage(WITH_TEXT, 60000, 7e-4, 0.01, decay=0.15),
 }
 
 
@@ -69,7 +60,7 @@ STAGES = {
 # as a whole; of boxes, whose last digits are not to be had exactly, and of long answers it is the share of tokens.
 # Unlabelled chart values are estimates.
 BY_TOKEN = ("grounding", DESCRIBE)
-OPEN_AT = dict.fromkeys(ALL_TASKS, 0.7) | {"grounding": 0.8, DESCRIBE: 0.8, "chart": 0.6, "text_only": 0.85}
+OPEN_AT = dict.fromkeys(ALL_TASKS, 0.6) | {"grounding": 0.75, DESCRIBE: 0.7, "chart": 0.5, "text_only": 0.85}
 
 
 @dataclass
@@ -111,18 +102,54 @@ class Dials:
         self.score = [state["score"][task] for task in ALL_TASKS]
 
 
-def answer_scores(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+def answer_scores(logits: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:
     """(answers,) 1 where every label is the most likely token; for `BY_TOKEN` tasks the share of such labels."""
-    labels, tasks = batch["labels"][:, 1:], batch["task_index"]
-    counted = labels != IGNORE_INDEX
-    starts = counted.clone()
-    starts[:, 1:] &= ~counted[:, :-1]  # an answer is a stretch of labels
-    answer = starts.flatten().cumsum(0).view_as(starts)[counted] - 1
+    labels = labels[:, 1:]
+    answer = answer_index(labels)
+    counted = answer >= 0
     right = (logits[:, :-1].argmax(-1) == labels)[counted].float()
     total, hits = torch.zeros(2, len(tasks), device=right.device)
-    share = hits.index_add(0, answer, right) / total.index_add(0, answer, torch.ones_like(right))
+    share = hits.index_add(0, answer[counted], right) / total.index_add(0, answer[counted], torch.ones_like(right))
     by_token = torch.isin(tasks, torch.tensor([ALL_TASKS.index(task) for task in BY_TOKEN], device=tasks.device))
     return torch.where(by_token, share, (share == 1).float())
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the weight matrices, AdamW for the embeddings, the patch projection and all vectors.
+
+    Muon's updates are scaled to the size of AdamW's (Moonlight, arXiv 2502.16982), so one learning rate serves both.
+    """
+
+    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float):
+        tables = [model.get_input_embeddings().weight, model.vision_model.patch_embedding.weight]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        matrices = [p for p in trained if p.ndim == 2 and not any(p is table for table in tables)]
+        chosen = {id(parameter) for parameter in matrices}
+        others = [parameter for parameter in trained if id(parameter) not in chosen]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            muon = torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.parts.append(muon)
+        if others:
+            self.parts.append(torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """A scheduler sets the learning rates in `param_groups`: they must be the parts' own."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._share_groups()
 
 
 class PackedTrainer(Trainer):
@@ -133,15 +160,20 @@ class PackedTrainer(Trainer):
         self.dials = dials
         self.model_accepts_loss_kwargs = False  # one packed batch per step: its own mean is the loss
 
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = MuonWithAdamW(self.model, self.args.learning_rate, self.args.weight_decay)
+        return self.optimizer
+
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(self.train_dataset, batch_size=None, num_workers=1, prefetch_factor=8)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         batch = dict(inputs)
-        not_for_the_model = ("sample_index", "task_index")
-        outputs = model(**{name: x for name, x in batch.items() if name not in not_for_the_model}, use_cache=False)
+        tasks = batch.pop("task_index")
+        outputs = model(**batch, use_cache=False)
         with torch.no_grad():
-            self.dials.record(batch["task_index"], answer_scores(outputs.logits, batch))
+            self.dials.record(tasks, answer_scores(outputs.logits, batch["labels"], tasks))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
 
@@ -180,6 +212,15 @@ def copy_text_experts(model: nn.Module) -> None:
                 parameter.copy_(parameters[name.replace(".visual.", ".text.")])
 
 
+def choose_trained(model: nn.Module, stage: str) -> None:
+    """Lets a stage's parameters train; the text experts and the embeddings alone in the stage before the paper's."""
+    if stage != "text":
+        model.set_training_stage(stage)
+        return
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("language_model.") and ".visual." not in name)
+
+
 def bf16_pays(device: str) -> bool:
     """Whether bf16 matrix products are faster here than float32's, which many CPUs do a hundred times as fast."""
     seconds = {}
@@ -200,9 +241,6 @@ def training_arguments(stage: Stage, folder: Path, steps: int, save_steps: int) 
         lr_scheduler_kwargs={"num_decay_steps": round(stage.decay * steps)},
         warmup_steps=100,
         weight_decay=stage.weight_decay,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        adam_epsilon=1e-8,
         bf16=bf16_pays("cuda" if on_gpu else "cpu"),
         use_cpu=not on_gpu,
         logging_steps=20,
@@ -226,8 +264,7 @@ def run_stage(name: str, folder: Path, start: Path, steps: int, deadline: float 
     model, processor = load(source)
     if name == "s1.1" and checkpoint is None:
         copy_text_experts(model)
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(stage.trains(parameter_name))
+    choose_trained(model, name)
     weights = torch.tensor([stage.mix.get(task, 0.0) for task in ALL_TASKS])
     trainer = PackedTrainer(
         model=model,

@@ -20,10 +20,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-CODE = [
-    f"{name}_navil.py"
-    for name in ("configuration", "image_processing", "modeling", "processing", "session", "tokenization")
-]
+from navil_modules import CODE_FILES
 
 
 def in_fresh_process(script: str, *arguments: str | Path) -> None:
@@ -64,7 +61,7 @@ def test_companions_load(recording):
 def test_code_from_the_root_and_weights_from_a_subfolder(recording, tmp_path):
     root = tmp_path / "repository"
     shutil.copytree(recording.folder, root / "small", ignore=shutil.ignore_patterns("*.py"))
-    for name in CODE:
+    for name in CODE_FILES:
         shutil.copy(ROOT / name, root)
     options = {"subfolder": "small", "trust_remote_code": True}
     model = AutoModel.from_pretrained(root, **options).eval()
@@ -121,7 +118,7 @@ def test_saved_model_reloads_in_a_fresh_process(recording, tmp_path, monkeypatch
         processor.save_pretrained(folder)
         model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    assert {*CODE} <= {path.name for path in folder.iterdir()}
+    assert {*CODE_FILES} <= {path.name for path in folder.iterdir()}
     inputs = recording.inputs("single")
     with torch.no_grad():
         logits = recording.model(**inputs).logits

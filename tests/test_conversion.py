@@ -14,15 +14,12 @@ from transformers import AutoModel, AutoTokenizer
 
 import checkpoint_layouts as layouts
 import convert_checkpoint as converter
-from navil_modules import configuration, modeling
+from navil_modules import CODE_FILES, configuration, modeling
 
 MODEL_FILES = {
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "README.md"),
     *("LICENSE", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors"),
-    *(
-        f"{name}_navil.py"
-        for name in ("configuration", "image_processing", "modeling", "processing", "session", "tokenization")
-    ),
+    *CODE_FILES,
 }
 
 

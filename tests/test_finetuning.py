@@ -229,7 +229,7 @@ def test_accumulated_packed_and_checkpointed_steps_equal_whole_ones(recordings, 
         for row, expected in zip(rows, whole, strict=True):
             assert row == pytest.approx(expected, rel=2e-4)  # the log has four decimals
     for parameter, expected in zip(other.parameters(), model.parameters(), strict=True):
-        assert torch.allclose(parameter, expected, atol=1e-5)
+        assert torch.allclose(parameter, expected, atol=5e-5)  # a step moves them a hundred times as far
 
 
 def test_evaluation_loss_of_trainer(recording, tmp_path):

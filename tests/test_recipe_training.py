@@ -1,5 +1,6 @@
 """The training recipe: its tokenizer, its packing, its dials, and a step that learns."""
 
+import copy
 import json
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # noqa: E402
 
+from navil_modules import processing  # noqa: E402
 from recipes import blueprint, data, plot, publish, train  # noqa: E402
 from recipes.tasks import TASKS, make_sample  # noqa: E402
 
@@ -56,31 +58,35 @@ def test_tokenizer_reads_words_and_spells_answers(tokenizer):
 def test_labels_are_the_answers(processor, task):
     sample = data.draw(task, 3, 0.5)
     encoded = data.encode(sample, processor)
-    labels = [label for label in encoded.labels if label != data.IGNORE_INDEX]
+    labels = encoded.conversation.labels[encoded.conversation.labels != processing.IGNORE_INDEX]
     assert processor.tokenizer.decode(labels) == "".join(f"{answer}<|im_end|>" for _, answer in sample.turns)
-    assert len(encoded.labels) == len(encoded.input_ids)
-    assert bool(sample.images) == bool(encoded.images)
+    assert len(encoded.conversation.labels) == encoded.num_tokens
+    assert bool(sample.images) == bool(encoded.conversation.images)
 
 
-def test_training_ids_begin_like_the_ids_that_chat_sees(model, processor):
+def test_training_ids_begin_like_the_ids_that_chat_sees(model, processor, monkeypatch):
     sample = make_sample("scene", 1, 0.3)
-    encoded = data.encode(sample, processor)
-    prompt = encoded.labels.index(next(label for label in encoded.labels if label != data.IGNORE_INDEX))
-    images = model._image_inputs(sample.images, None, None)
-    ids = model._encode_chat(processor.tokenizer, [(sample.turns[0][0], None)], images)
-    assert ids[0].tolist() == encoded.input_ids[:prompt]
-    assert torch.equal(images["pixel_values"], encoded.images["pixel_values"])
+    conversation = data.encode(sample, processor).conversation
+    prompt = int((conversation.labels != processing.IGNORE_INDEX).nonzero()[0])
+    seen = []
+    monkeypatch.setattr(model, "generate", lambda **inputs: seen.append(inputs) or inputs["input_ids"])
+    model.chat(processor.tokenizer, sample.images, sample.turns[0][0])
+    assert torch.equal(seen[0]["input_ids"][0], conversation.input_ids[:prompt])
+    assert torch.equal(seen[0]["pixel_values"], conversation.images["pixel_values"])
 
 
 def test_packed_samples_do_not_see_each_other(model, processor):
     samples = drawn(processor, "text", "text_only", "scene", "two_images", "two_turns")
     batch = data.pack([samples[:2], samples[2:]], processor.tokenizer.pad_token_id)
-    inputs = {name: x for name, x in batch.items() if name not in ("sample_index", "task_index", "labels")}
+    inputs = {name: x for name, x in batch.items() if name not in ("task_index", "labels")}
     with torch.no_grad():
         packed = model(**inputs, use_cache=False).logits
-        for index, sample in enumerate(samples):
-            alone = model(torch.tensor([sample.input_ids]), **sample.images).logits[0]
-            assert relative_error(packed[batch["sample_index"] == index], alone) < 1e-5
+        for row, in_row in enumerate((samples[:2], samples[2:])):
+            start = 0
+            for sample in in_row:
+                alone = model(sample.conversation.input_ids[None], **sample.conversation.images).logits[0]
+                assert relative_error(packed[row, start : start + sample.num_tokens], alone) < 1e-5
+                start += sample.num_tokens
     tasks = [sample.task for sample in samples for _ in range(sample.num_answers)]
     assert batch["task_index"].tolist() == tasks and len(tasks) > len(samples)
 
@@ -122,18 +128,53 @@ def test_answer_scores(processor):
     vocabulary = len(processor.tokenizer)
     following = torch.roll(batch["labels"], -1, dims=1).clamp(min=0)
     logits = torch.nn.functional.one_hot(following, vocabulary).float()
-    assert train.answer_scores(logits, batch).tolist() == [1.0, 1.0, 1.0]
-    for index in (0, 1):  # the last label of each sample predicted wrongly
-        last = ((batch["labels"] != data.IGNORE_INDEX) & (batch["sample_index"] == index)).nonzero()[-1]
-        logits[last[0], last[1] - 1] = 0
-    wrong = train.answer_scores(logits, batch)
+    labels, tasks = batch["labels"], batch["task_index"]
+    assert train.answer_scores(logits, labels, tasks).tolist() == [1.0, 1.0, 1.0]
+    for answer in (1, 2):  # its last label predicted wrongly
+        row, last = (data.answer_index(labels) == answer).nonzero()[-1]
+        logits[row, last - 1] = 0
+    wrong = train.answer_scores(logits, labels, tasks)
     assert wrong[:2].tolist() == [1, 0] and 0.9 < wrong[2] < 1
+
+
+def test_answers_weigh_alike_whatever_their_length(processor):
+    batch = data.pack([drawn(processor, "grounding", "text_only", "receipt")], processor.tokenizer.pad_token_id)
+    answer = data.answer_index(batch["labels"])
+    assert (batch["loss_weight"] > 0).equal(answer >= 0)
+    for index in range(len(batch["task_index"])):
+        weight = batch["loss_weight"][answer == index]
+        assert torch.allclose(weight, torch.full_like(weight, len(weight) ** -0.5))
+
+
+def test_optimizer_takes_every_parameter_once_and_survives_saving(model):
+    train.choose_trained(model, "s2")
+    optimizer = train.MuonWithAdamW(model, 1e-3, 0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    taken = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(map(id, taken)) == sorted(map(id, model.parameters()))
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+
+    step(model, optimizer)
+    scheduler.step()
+    twin = copy.deepcopy(model)
+    resumed = train.MuonWithAdamW(twin, 1.0, 0.5)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert {group["lr"] for group in resumed.param_groups} == {5e-4}
+    step(model, optimizer)
+    step(twin, resumed)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_stages_train_what_the_paper_says(model, stage):
     names = [name for name, _ in model.named_parameters()]
-    trained = {name for name in names if train.STAGES[stage].trains(name)}
+    train.choose_trained(model, stage)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     text_attention = {name for name in names if ".self_attn.text." in name}
     visual = {name for name in names if ".visual." in name or name.startswith(("vision_model", "connector"))}
     expected = {

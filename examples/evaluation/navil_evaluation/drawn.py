@@ -44,11 +44,6 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def question(sample: Sample) -> str:
-    """The first question without its image placeholders: the kits place the images themselves."""
-    return sample.turns[0][0].replace("<image>\n", "")
-
-
 def write_tsv(samples: Sequence[Sample], path: Path) -> None:
     """VLMEvalKit's format: index, image in base64 (a list of them for several), question, answer."""
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -57,7 +52,7 @@ def write_tsv(samples: Sequence[Sample], path: Path) -> None:
         for index, sample in enumerate(samples):
             images = [base64.b64encode(png(image)).decode() for image in sample.images]
             image = images[0] if len(images) == 1 else str(images)
-            writer.writerow([index, image, question(sample), sample.turns[0][1]])
+            writer.writerow([index, image, *sample.turns[0]])
 
 
 def write_lmms_task(samples: Sequence[Sample], folder: Path) -> None:
@@ -66,7 +61,7 @@ def write_lmms_task(samples: Sequence[Sample], folder: Path) -> None:
     import lmms_eval
 
     rows = [
-        {"question": question(sample), "answer": sample.turns[0][1], "type": "drawn", "image": sample.images[0]}
+        {"question": sample.turns[0][0], "answer": sample.turns[0][1], "type": "drawn", "image": sample.images[0]}
         for sample in samples
     ]
     data = (folder / "drawn_chartqa.parquet").resolve()

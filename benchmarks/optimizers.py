@@ -1,0 +1,91 @@
+"""What Muon saves over AdamW in the training recipe: the same batches, from the same checkpoint, with either.
+
+python -m benchmarks.optimizers tiny --steps 60
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import get_wsd_schedule
+
+from recipes import data, train
+from recipes.blueprint import load
+
+PART = 0.2  # of the steps: rows of the table
+
+
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+OPTIMIZERS = {"AdamW": adamw, "Muon": train.MuonWithAdamW}
+
+
+def draw_batches(folder: Path, processor: Any, steps: int) -> list[dict[str, Tensor]]:
+    """Batches of the last stage at the folder's dials, with seeds that its training has not reached."""
+    dials = train.Dials()
+    dials.load(folder)
+    mix = train.STAGES["s2"].mix
+    weights = torch.tensor([mix.get(task, 0.0) for task in data.ALL_TASKS])
+    stream = data.PackedSamples(processor, weights, dials.difficulty, first_seed=10**9)
+    return list(tqdm(itertools.islice(stream, steps), total=steps, desc="batches", disable=None))
+
+
+def train_on(folder: Path, batches: Sequence[dict[str, Tensor]], name: str) -> tuple[list[float], float]:
+    """The loss of every batch before its step, and the seconds that all took."""
+    model, _ = load(folder)
+    model.train()
+    stage = train.STAGES["s2"]
+    optimizer = OPTIMIZERS[name](model, stage.learning_rate, stage.weight_decay)
+    warmup, decay = len(batches) // 10, len(batches) // 4
+    schedule = get_wsd_schedule(optimizer, warmup, decay, num_training_steps=len(batches))
+    losses, start = [], time.perf_counter()
+    for batch in tqdm(batches, desc=name, disable=None):
+        inputs = {key: value for key, value in batch.items() if key != "task_index"}
+        with torch.autocast("cpu", torch.bfloat16, enabled=train.bf16_pays("cpu")):
+            loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.item())
+    return losses, time.perf_counter() - start
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Train a checkpoint on the same batches with AdamW and with Muon, on the CPU.",
+        epilog="example: python -m benchmarks.optimizers tiny --steps 60",
+    )
+    parser.add_argument("model", type=Path, help="folder of a model that the recipe trained, with its dials.json")
+    parser.add_argument("--steps", type=int, default=60, help="batches (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.steps < 10:
+        raise ValueError(f"--steps must be at least 10, got {options.steps}")
+    _, processor = load(options.model)
+    batches = draw_batches(options.model, processor, options.steps)
+    results = {name: train_on(options.model, batches, name) for name in OPTIMIZERS}
+    print(f"| steps | {' | '.join(OPTIMIZERS)} |", f"|---{'|---' * len(OPTIMIZERS)}|", sep="\n")
+    size = round(PART * options.steps)
+    for first in range(0, options.steps - size + 1, size):
+        means = [sum(losses[first : first + size]) / size for losses, _ in results.values()]
+        print(f"| {first + 1} to {first + size} | {' | '.join(f'{mean:.4f}' for mean in means)} |")
+    (_, adamw_seconds), (_, muon_seconds) = results.values()
+    print(f"A step with Muon takes {muon_seconds / adamw_seconds:.2f} times as long.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
