@@ -469,7 +469,8 @@ def chart_style(rng: random.Random, level: float, size: tuple[int, int], chart: 
         palette = list(TAB_COLORS)
     many = chart.kind == "bar" and rng.random() < 0.3 * varied
     fills = tuple(palette[index % len(palette) if many else 0] for index in range(len(chart.values)))
-    size_px = min(22.0, max(9.0, 0.045 * math.sqrt(size[0] * size[1]))) * lerp(1, rng.uniform(0.9, 1.35), varied)
+    part_of_side = lerp(0.11, 0.045, ramp(level, 0.1, 0.7))
+    size_px = min(22.0, max(9.0, part_of_side * math.sqrt(size[0] * size[1]))) * lerp(1, rng.uniform(0.9, 1.35), varied)
     return ChartStyle(
         face=face,
         ink=ink,

@@ -492,13 +492,13 @@ def draw_text(rng: random.Random, level: float, text: str) -> Image.Image | None
 
 def draw_receipt(rng: random.Random, level: float, receipt: Receipt) -> Image.Image | None:
     """One line for each item and the total; None where they do not fit at the smallest font size."""
-    size = drawing.canvas_size(rng, level, easiest_side=96)
+    size = drawing.canvas_size(rng, level, easiest_side=160)
     font = drawing.pick_font(rng, level)
     case = rng.choice(first_part((str.lower, str.capitalize, str.upper), 1, ramp(level, 0.1, 0.5)))
     lines = [f"{case(name)} {money(cents)}" for name, cents in receipt.items.items()]
     lines.append(f"TOTAL {money(receipt.total)}")
-    highest = min(lerp(16, 56, ramp(level, 0.1, 0.8)), drawing.largest_font_size(lines, font, 0, size))
-    lowest = lerp(14, 12, ramp(level, 0.1, 0.8))
+    highest = min(lerp(26, 56, ramp(level, 0.1, 0.8)), drawing.largest_font_size(lines, font, 0, size))
+    lowest = lerp(22, 12, ramp(level, 0.1, 0.8))
     if highest < lowest:
         return None
     lettering = drawing.Lettering(font, round(drawing.log_uniform(rng, lowest, highest)))
@@ -546,7 +546,7 @@ def _drawn_chart(rng: random.Random, level: float, split: str) -> tuple[Chart, I
     share = MATPLOTLIB_SHARE * ramp(level, 0.4, 1.0)
     by_matplotlib = split == "heldout" or rng.random() < share
     chart = make_chart(rng, level)
-    size = drawing.canvas_size(rng, level, easiest_side=96, smallest_side=96)
+    size = drawing.canvas_size(rng, level, easiest_side=160, smallest_side=96)
     if size[1] < READ_OFF_HEIGHT:
         chart = replace(chart, annotated=True)
     draw = drawing.draw_chart_with_matplotlib if by_matplotlib else drawing.draw_chart

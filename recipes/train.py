@@ -4,11 +4,12 @@
     python -m recipes.train --runs runs --minutes 10   # one piece of it
 
 Each task has a difficulty dial that the model's own progress opens: pictures start tiny and uniform and widen to the
-full distribution. Two processes work: one draws and packs samples, the other trains.
+full distribution. One process trains; others draw and pack samples, one beside a CPU, one per core beside a GPU.
 """
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -166,7 +167,9 @@ class PackedTrainer(Trainer):
         return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train_dataset, batch_size=None, num_workers=1, prefetch_factor=8)
+        # On a CPU training itself needs the cores; a GPU waits for samples unless all of them draw.
+        num_workers = 1 if self.args.use_cpu else max(1, (os.cpu_count() or 1) - 1)
+        return DataLoader(self.train_dataset, batch_size=None, num_workers=num_workers, prefetch_factor=8)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         batch = dict(inputs)
