@@ -57,16 +57,17 @@ STAGES = {
 }
 
 
-# A dial opens when the running score of its task is at least this. The score is the share of answers that are right
-# as a whole; of boxes, whose last digits are not to be had exactly, and of long answers it is the share of tokens.
-# Unlabelled chart values are estimates.
+# A dial opens when the running score of its task is at least this, and closes when it is far below. The score is the
+# share of answers that are right as a whole; of boxes, whose last digits are not to be had exactly, and of long answers
+# it is the share of tokens. Unlabelled chart values are estimates; half of the answers about shapes can be guessed.
 BY_TOKEN = ("grounding", DESCRIBE)
 OPEN_AT = dict.fromkeys(ALL_TASKS, 0.6) | {"grounding": 0.75, DESCRIBE: 0.7, "chart": 0.5, "text_only": 0.85}
+OPEN_AT |= dict.fromkeys(("scene", "two_images", "two_turns"), 0.75)
 
 
 @dataclass
 class Dials:
-    """Difficulty of each task, opened step by step as the model gets its samples right."""
+    """Difficulty of each task, opened step by step as the model gets its samples right, and closed as it fails."""
 
     difficulty: Tensor = field(default_factory=lambda: torch.zeros(len(ALL_TASKS)).share_memory_())
     score: list[float] = field(default_factory=lambda: [0.0] * len(ALL_TASKS))
@@ -76,6 +77,7 @@ class Dials:
     SMOOTHING = 0.02
     STEP = 0.01
     ANSWERS_PER_STEP = 48
+    CLOSE_BELOW = 0.2  # under the score that opens: the noise of a running score is a quarter of this
 
     def record(self, tasks: Tensor, scores: Tensor) -> None:
         """Counts one answer each."""
@@ -83,10 +85,16 @@ class Dials:
             self.num_answers += 1
             self.score[task] += self.SMOOTHING * (score - self.score[task])
             self.since_change[task] += 1
-            is_easy = self.score[task] >= OPEN_AT[ALL_TASKS[task]]
-            if is_easy and self.since_change[task] >= self.ANSWERS_PER_STEP and self.difficulty[task] < 1:
-                self.difficulty[task] = min(1.0, float(self.difficulty[task]) + self.STEP)
-                self.since_change[task] = 0
+            if self.since_change[task] < self.ANSWERS_PER_STEP:
+                continue
+            opens_at, difficulty = OPEN_AT[ALL_TASKS[task]], float(self.difficulty[task])
+            if self.score[task] >= opens_at:
+                changed = min(1.0, difficulty + self.STEP)
+            elif self.score[task] < opens_at - self.CLOSE_BELOW:
+                changed = max(0.0, difficulty - self.STEP)
+            else:
+                continue
+            self.difficulty[task], self.since_change[task] = changed, 0
 
     def save(self, folder: Path) -> None:
         state = {
@@ -226,9 +234,11 @@ def choose_trained(model: nn.Module, stage: str) -> None:
 
 def bf16_pays(device: str) -> bool:
     """Whether bf16 matrix products are faster here than float32's, which many CPUs do a hundred times as fast."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, device=device, dtype=dtype)
+        a = torch.ones(512, 512, dtype=dtype)
         timer = benchmark.Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
         seconds[dtype] = timer.timeit(5).median
     return seconds[torch.bfloat16] < seconds[torch.float32]

@@ -106,17 +106,21 @@ def test_stream_fills_batches_within_their_limits(processor):
     assert all(torch.equal(again[name], batches[0][name]) for name in again)
 
 
-def test_dials_open_with_progress_only_and_survive_saving(tmp_path):
+def test_dials_open_with_progress_close_with_failure_and_survive_saving(tmp_path):
     dials = train.Dials()
     text, scene = data.ALL_TASKS.index("text"), data.ALL_TASKS.index("scene")
     for _ in range(40):
         dials.record(torch.full((8,), text), torch.ones(8))
         dials.record(torch.full((8,), scene), torch.tensor([1.0, 0.0] * 4))
-    assert 0 < dials.difficulty[text] < 1 and dials.difficulty[scene] == 0
+    opened = float(dials.difficulty[text])
+    assert 0 < opened < 1 and dials.difficulty[scene] == 0
+    for _ in range(40):
+        dials.record(torch.full((8,), text), torch.zeros(8))
+    assert 0 < dials.difficulty[text] < opened
     dials.save(tmp_path)
     loaded = train.Dials()
     loaded.load(tmp_path)
-    assert torch.equal(loaded.difficulty, dials.difficulty) and loaded.num_answers == dials.num_answers == 640
+    assert torch.equal(loaded.difficulty, dials.difficulty) and loaded.num_answers == dials.num_answers == 960
     assert loaded.score == dials.score
 
 
