@@ -69,15 +69,15 @@ def publish(checkpoint: Path, destination: Path, count: int) -> None:
     missing = [name for name in KEPT if not (checkpoint / name).is_file()]
     if missing:
         raise ValueError(f"{checkpoint} lacks {', '.join(missing)}")
-    destination.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        shutil.copy(checkpoint / name, destination)
     model, processor = load(checkpoint)
     state = json.loads((checkpoint / DIALS_FILE).read_text())
     report = {
         "full": evaluate.evaluate(model, processor, count),
         "at dials": evaluate.evaluate(model, processor, count, difficulty=state["difficulty"]),
     }
+    destination.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        shutil.copyfile(checkpoint / name, destination / name)
     (destination / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
     card = CARD.format(
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
