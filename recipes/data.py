@@ -1,6 +1,6 @@
 """Samples of `tasks.py` to packed training batches.
 
-    sample -> chat template, image slots, ids, labels on the answers -> several samples per row -> batch
+    sample -> chat template, image slots, ids, labels on answers and cells -> several samples per row -> batch
 
 Packed samples do not see each other: every row carries a block-diagonal causal mask and positions that start anew.
 """
@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
-from navil_modules import processing
+from navil_modules import processing, tokenization
 
-from .tasks import DESCRIBE, TASKS, Sample, make_sample, make_text_sample
+from .cells import label_cells
+from .tasks import DESCRIBE, PAGE, TASKS, Sample, make_sample, make_text_sample
 
 TEXT_PRETRAINING = "pretrain_text"
-ALL_TASKS = (*TASKS, DESCRIBE, TEXT_PRETRAINING)
+ALL_TASKS = (*TASKS, DESCRIBE, TEXT_PRETRAINING, PAGE)
 """Every kind of sample; a task's place in it is its index in batches and dials."""
 
 
@@ -34,6 +36,8 @@ class Encoded(NamedTuple):
     task: int
     num_answers: int
     conversation: processing.Conversation
+    cell_labels: Tensor  # (L,): id of what the token before shows; -100 where that is no visual token
+    cell_weight: Tensor  # (L,)
 
     @property
     def num_tokens(self) -> int:
@@ -60,9 +64,19 @@ def messages(turns: Sequence[tuple[str, str | None]], images: Sequence[Image.Ima
 
 
 def encode(sample: Sample, processor: Any) -> Encoded:
-    """Ids of the whole conversation, with labels on every answer and the token that ends it."""
-    conversation = processor.encode_conversation({"messages": messages(sample.turns, sample.images)})
-    return Encoded(ALL_TASKS.index(sample.task), len(sample.turns), conversation)
+    """Ids of the whole conversation, with labels on every answer and the token that ends it, and on the cells."""
+    turns = sample.turns or [("", "")]
+    conversation = processor.encode_conversation({"messages": messages(turns, sample.images)})
+    if not sample.turns:
+        conversation.labels.fill_(processing.IGNORE_INDEX)
+    cell_labels = torch.full_like(conversation.labels, processing.IGNORE_INDEX)
+    cell_weight = torch.zeros(cell_labels.shape)
+    if sample.pictures:
+        image_token_id = processor.tokenizer.convert_tokens_to_ids(tokenization.IMAGE_TOKEN)
+        following = (conversation.input_ids == image_token_id).nonzero()[:, 0] + 1
+        labels, weights = zip(*(label_cells(picture, processor) for picture in sample.pictures), strict=True)
+        cell_labels[following], cell_weight[following] = torch.cat(labels), torch.cat(weights)
+    return Encoded(ALL_TASKS.index(sample.task), len(sample.turns), conversation, cell_labels, cell_weight)
 
 
 def answer_index(labels: Tensor) -> Tensor:
@@ -80,15 +94,19 @@ def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
     """Rows of samples -> one batch.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` (B, L); `loss_weight` (B, L), 1 / sqrt(labels of the answer), so that
-        neither long answers nor short ones make up all the loss; `attention_mask` (B, 1, L, L) bool, block-diagonal
-        and causal; the images' inputs if there are any; `task_index` (answers,), the task of each stretch of labels.
+        `input_ids`, `labels`, `position_ids` (B, L); `cell_labels` (B, L), what visual tokens show, each at the place
+        after; `loss_weight` (B, L) of both, 1 / sqrt(labels of the answer), so that neither long answers nor short ones
+        make up all the loss; `attention_mask` (B, 1, L, L) bool, block-diagonal and causal; the images' inputs if there
+        are any; `task_index` (answers,), the task of each stretch of labels.
     """
     batch = processing.join_rows([[sample.conversation for sample in row] for row in rows], pad_id)
     batch["attention_mask"] = processing.block_diagonal_mask(batch.pop("sample_index"))
     answer = answer_index(batch["labels"])
     is_answer = answer >= 0
-    batch["loss_weight"] = torch.zeros(answer.shape)
+    batch["cell_labels"], batch["loss_weight"] = (
+        pad_sequence([torch.cat([getattr(sample, name) for sample in row]) for row in rows], True, padding)
+        for name, padding in (("cell_labels", processing.IGNORE_INDEX), ("cell_weight", 0.0))
+    )
     batch["loss_weight"][is_answer] = answer[is_answer].bincount()[answer[is_answer]] ** -0.5
     samples = [sample for row in rows for sample in row]
     batch["task_index"] = torch.tensor([sample.task for sample in samples for _ in range(sample.num_answers)])

@@ -7,9 +7,11 @@ difficulty of one picture: every range here is narrow at 0 and has its full widt
 
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -57,6 +59,20 @@ NOISE_TILE = 128  # pixels: noise is repeated in tiles, as drawing it for each p
 
 _CAT = Path(__file__).resolve().parent.parent / "examples" / "cat.jpg"
 _FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+class Mark(NamedTuple):
+    """What a picture shows in one place: a character, or a word for a shape there (its colour, its kind)."""
+
+    text: str
+    box: tuple[float, float, float, float]
+
+
+class Picture(NamedTuple):
+    """A picture and what it shows where; without marks, that is not known."""
+
+    image: Image.Image
+    marks: tuple[Mark, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------------- dial
@@ -290,7 +306,45 @@ def largest_font_size(lines: list[str], font: str | None, angle: float, size: tu
     return int(min((size[0] - 4) / (wide * cosine + high * sine), (size[1] - 4) / (wide * sine + high * cosine)))
 
 
-def text_mask(lines: list[str], lettering: Lettering, column_gap: float = 0.0) -> Image.Image:
+def write(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[float, float],
+    text: str,
+    ink: RGB | int,
+    font: ImageFont.FreeTypeFont,
+    anchor: str,
+    **options: Any,
+) -> list[Mark]:
+    """As `ImageDraw.text`; returns the characters' marks, each as high as the whole text."""
+    draw.text(place, text, ink, font, anchor=anchor, **options)
+    left, top, _, bottom = draw.textbbox(place, text, font, anchor=anchor)
+    edges = [left + font.getlength(text[:end]) for end in range(len(text) + 1)]
+    return [
+        Mark(character, (start, top, end, bottom))
+        for character, start, end in zip(text, edges[:-1], edges[1:], strict=True)
+        if character != " "
+    ]
+
+
+def rotated(marks: list[Mark], angle: float, before: Image.Image, after: Image.Image) -> list[Mark]:
+    """Marks after `before.rotate(angle, expand=True)` made `after`: their middles turn, their boxes stay upright."""
+    cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+
+    def turn(mark: Mark) -> Mark:
+        left, top, right, bottom = mark.box
+        x, y = (left + right - before.width) / 2, (top + bottom - before.height) / 2
+        to_x, to_y = after.width / 2 + cosine * x + sine * y, after.height / 2 - sine * x + cosine * y
+        half_width, half_height = (right - left) / 2, (bottom - top) / 2
+        return Mark(mark.text, (to_x - half_width, to_y - half_height, to_x + half_width, to_y + half_height))
+
+    return [turn(mark) for mark in marks]
+
+
+def shifted(marks: Iterable[Mark], x: float, y: float) -> tuple[Mark, ...]:
+    return tuple(Mark(text, (box[0] + x, box[1] + y, box[2] + x, box[3] + y)) for text, box in marks)
+
+
+def text_mask(lines: list[str], lettering: Lettering, column_gap: float = 0.0) -> Picture:
     """The lines in white on black ("L"), cut to their ink.
 
     With `column_gap` (pixels), the last word of each line goes into a second, right-aligned column.
@@ -301,23 +355,26 @@ def text_mask(lines: list[str], lettering: Lettering, column_gap: float = 0.0) -
     pad = lettering.size // 2  # glyphs may reach beyond their advance width
     mask = Image.new("L", (width + 2 * pad, math.ceil(high * lettering.size) + 2 * pad))
     draw = ImageDraw.Draw(mask)
+    marks: list[Mark] = []
     for index, line in enumerate(lines):
         top = pad + 1.25 * lettering.size * index
         if column_gap:
             line, price = line.rsplit(" ", 1)
-            draw.text((pad + width, top), price, 255, font, anchor="ra")
-        draw.text((pad, top), line, 255, font, anchor="la")
+            marks += write(draw, (pad + width, top), price, 255, font, "ra")
+        marks += write(draw, (pad, top), line, 255, font, "la")
     if lettering.angle:
-        mask = mask.rotate(lettering.angle, Image.Resampling.BICUBIC, expand=True)
-    return mask.crop(mask.getbbox())
+        upright, mask = mask, mask.rotate(lettering.angle, Image.Resampling.BICUBIC, expand=True)
+        marks = rotated(marks, lettering.angle, upright, mask)
+    box = mask.getbbox()
+    return Picture(mask.crop(box), shifted(marks, -box[0], -box[1]))
 
 
 def draw_lines(
     rng: random.Random, level: float, lines: list[str], lettering: Lettering, size: tuple[int, int], in_columns: bool
-) -> Image.Image:
+) -> Picture:
     """The lines anywhere on a backdrop of the given size (near the middle at low levels)."""
     slack = size[0] - 4 - text_extent(lines, lettering.font)[0] * lettering.size
-    mask = text_mask(lines, lettering, rng.uniform(0, max(0.0, slack)) if in_columns else 0.0)
+    mask, marks = text_mask(lines, lettering, rng.uniform(0, max(0.0, slack)) if in_columns else 0.0)
     backdrop = make_backdrop(rng, level, size)
     jitter = ramp(level, 0.05, 0.4)
     left, top = (
@@ -329,7 +386,7 @@ def draw_lines(
         right, bottom = left + mask.width + pad, top + mask.height + pad
         paint_patch(rng, backdrop, (max(0, left - pad), max(0, top - pad), min(size[0], right), min(size[1], bottom)))
     backdrop.image.paste(text_color(rng, level, backdrop.tones), (left, top), mask)
-    return backdrop.image
+    return Picture(backdrop.image, shifted(marks, left, top))
 
 
 # -------------------------------------------------------------------------------------------------------------- shapes
@@ -372,8 +429,8 @@ def _draw_outline(draw: ImageDraw.ImageDraw, kind: str, box: Box, fill: RGB | in
     draw.polygon([(lerp(left, right, x), lerp(top, bottom, y)) for x, y in corners], fill=fill)
 
 
-def draw_shapes(rng: random.Random, level: float, backdrop: Backdrop, shapes: tuple[Shape, ...]) -> None:
-    """Paints the shapes, with or without smooth edges; each colour has one shade in a picture."""
+def draw_shapes(rng: random.Random, level: float, backdrop: Backdrop, shapes: tuple[Shape, ...]) -> Picture:
+    """The backdrop with the shapes, with or without smooth edges; each colour has one shade in a picture."""
     colors = {name: fill_color(rng, name, level, backdrop.tones) for name in dict.fromkeys(s.color for s in shapes)}
     inner_radius = round(rng.uniform(0.38, 0.5), 2)
     smooth = rng.random() < 0.3 * ramp(level, 0.4, 0.8)
@@ -386,6 +443,7 @@ def draw_shapes(rng: random.Random, level: float, backdrop: Backdrop, shapes: tu
         mask = Image.new("L", (3 * width, 3 * height))
         _draw_outline(ImageDraw.Draw(mask), shape.kind, (0, 0, *mask.size), 255, inner_radius)
         backdrop.image.paste(colors[shape.color], shape.box, mask.reduce(3))
+    return Picture(backdrop.image, tuple(Mark(word, s.box) for s in shapes for word in (s.color, s.kind)))
 
 
 def shape_area(rng: random.Random, backdrop: Backdrop) -> Box:
@@ -538,7 +596,7 @@ def _draw_line(image: Image.Image, chart: Chart, style: ChartStyle, xs: _Axis, y
     image.paste(style.fills[0], (0, 0, *image.size), mask.reduce(2))
 
 
-def draw_chart(rng: random.Random, level: float, size: tuple[int, int], chart: Chart) -> Image.Image:
+def draw_chart(rng: random.Random, level: float, size: tuple[int, int], chart: Chart) -> Picture:
     """An imitation of matplotlib's look with Pillow, some twenty times as fast."""
     style = chart_style(rng, level, size, chart)
     image = Image.new("RGB", size, style.face)
@@ -548,13 +606,14 @@ def draw_chart(rng: random.Random, level: float, size: tuple[int, int], chart: C
     box = _plot_box(style, size, mark)
     low, high = axis_limits(chart, style, box[3] - box[1])
     ys = _Axis(low, high, box[3], box[1])
+    marks: list[Mark] = []
     step = _tick_step(high - low, max(2.0, min(9.0, (box[3] - box[1]) / (1.8 * style.font_size))))
     for tick in range(math.ceil(low / step) * step, math.floor(high) + 1, step):
         y = ys(tick)
         if style.grid:
             draw.line((box[0], y, box[2], y), blend(style.face, style.ink, 0.3), stroke)
         draw.line((box[0] - mark, y, box[0], y), style.ink, stroke)
-        draw.text((box[0] - mark - 2, y), str(tick), style.ink, font, anchor="rm")
+        marks += write(draw, (box[0] - mark - 2, y), str(tick), style.ink, font, "rm")
     edge = 0.4 if chart.kind == "bar" else 0.0
     last = len(chart.values) - 1
     margin = 0.05 * (last + 2 * edge)
@@ -563,16 +622,16 @@ def draw_chart(rng: random.Random, level: float, size: tuple[int, int], chart: C
     draw.rectangle(box, outline=style.ink, width=stroke)
     for index, (label, value) in enumerate(chart.values.items()):
         draw.line((xs(index), box[3], xs(index), box[3] + mark), style.ink, stroke)
-        draw.text((xs(index), box[3] + mark + 2), label, style.ink, font, anchor="mt")
+        marks += write(draw, (xs(index), box[3] + mark + 2), label, style.ink, font, "mt")
         if chart.annotated:
             lift = 2 if chart.kind == "bar" else 2 + style.font_size // 4
             halo = {"stroke_width": 1, "stroke_fill": style.face}
-            draw.text((xs(index), ys(value) - lift), str(value), style.ink, font, anchor="mb", **halo)
-    draw.text(((box[0] + box[2]) / 2, 0.2 * style.font_size), style.title, style.ink, font, anchor="mt")
-    return image
+            marks += write(draw, (xs(index), ys(value) - lift), str(value), style.ink, font, "mb", **halo)
+    marks += write(draw, ((box[0] + box[2]) / 2, 0.2 * style.font_size), style.title, style.ink, font, "mt")
+    return Picture(image, tuple(marks))
 
 
-def draw_chart_with_matplotlib(rng: random.Random, level: float, size: tuple[int, int], chart: Chart) -> Image.Image:
+def draw_chart_with_matplotlib(rng: random.Random, level: float, size: tuple[int, int], chart: Chart) -> Picture:
     """The same chart by matplotlib itself, which chooses the ticks: tens of milliseconds."""
     style = chart_style(rng, level, size, chart)
     figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100, facecolor=_unit(style.face))
@@ -603,7 +662,7 @@ def draw_chart_with_matplotlib(rng: random.Random, level: float, size: tuple[int
             offset = {"xytext": (0, 2 if chart.kind == "bar" else 5), "textcoords": "offset points", "ha": "center"}
             axes.annotate(str(value), (place, value), **offset, fontproperties=font, color=_unit(style.ink))
     canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return Picture(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
 
 
 def _unit(color: RGB) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from .blueprint import load
 from .data import messages
+from .drawing import Picture
 from .tasks import TASKS, Sample, is_correct, make_sample
 
 SIZE_GROUPS = {
@@ -36,8 +38,7 @@ def held_out(task: str, count: int, difficulty: float = 1.0) -> list[Sample]:
 
 
 def blanked(sample: Sample) -> Sample:
-    images = [Image.new("RGB", image.size, "white") for image in sample.images]
-    return Sample(**{**vars(sample), "images": images})
+    return replace(sample, pictures=[Picture(Image.new("RGB", image.size, "white")) for image in sample.images])
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ the picture (`drawing.py`). The text-only stage asks the same questions about th
 is the difficulty of one sample, as in `drawing.py`.
 
 To see a picture costs far more than to answer a question about it. In training a picture therefore gets several
-questions where it has several answers, and one more task, `describe`, asks for everything that a picture shows.
+questions where it has several answers, one more task, `describe`, asks for everything that a picture shows, and one,
+`page`, asks nothing: it is there for the labels of its visual tokens (`cells.py`).
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from typing import TypeVar
 from PIL import Image
 
 from . import drawing
-from .drawing import Chart, Shape, first_part, lerp, ramp, weighted
+from .drawing import Chart, Picture, Shape, first_part, lerp, ramp, weighted
 
 Content = TypeVar("Content")
 
@@ -212,9 +213,13 @@ class Sample:
     """One conversation about images (RGB), which stand in front of its first question."""
 
     task: str
-    images: list[Image.Image]
+    pictures: list[Picture]
     turns: list[tuple[str, str]]
     accepted: list[Accepted]  # one for each turn
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [picture.image for picture in self.pictures]
 
 
 @dataclass(frozen=True)
@@ -464,9 +469,8 @@ class _Canvas:
     def make_scene(self, rng: random.Random, level: float) -> Scene:
         return make_scene(rng, level, self.backdrop.image.size, self.area, self.colors)
 
-    def draw(self, rng: random.Random, level: float, scene: Scene) -> Image.Image:
-        drawing.draw_shapes(rng, level, self.backdrop, scene.shapes)
-        return self.backdrop.image
+    def draw(self, rng: random.Random, level: float, scene: Scene) -> Picture:
+        return drawing.draw_shapes(rng, level, self.backdrop, scene.shapes)
 
 
 def _empty_canvas(rng: random.Random, level: float) -> _Canvas:
@@ -475,7 +479,7 @@ def _empty_canvas(rng: random.Random, level: float) -> _Canvas:
     return _Canvas(backdrop, area, drawing.fill_colors(usable_colors(level), backdrop.tones))
 
 
-def draw_text(rng: random.Random, level: float, text: str) -> Image.Image | None:
+def draw_text(rng: random.Random, level: float, text: str) -> Picture | None:
     """The string on a canvas; None where it does not fit at the smallest font size."""
     size = drawing.canvas_size(rng, level, easiest_side=64)
     font = drawing.pick_font(rng, level)
@@ -490,7 +494,7 @@ def draw_text(rng: random.Random, level: float, text: str) -> Image.Image | None
     return drawing.draw_lines(rng, level, [text], lettering, size, in_columns=False)
 
 
-def draw_receipt(rng: random.Random, level: float, receipt: Receipt) -> Image.Image | None:
+def draw_receipt(rng: random.Random, level: float, receipt: Receipt) -> Picture | None:
     """One line for each item and the total; None where they do not fit at the smallest font size."""
     size = drawing.canvas_size(rng, level, easiest_side=160)
     font = drawing.pick_font(rng, level)
@@ -509,39 +513,36 @@ def _draw_fitting(
     rng: random.Random,
     level: float,
     make: Callable[[random.Random, float], Content],
-    draw: Callable[[random.Random, float, Content], Image.Image | None],
-) -> tuple[Content, Image.Image]:
+    draw: Callable[[random.Random, float, Content], Picture | None],
+) -> tuple[Content, Picture]:
     """Some content and its picture. Long content gets several canvases before it is given up for other content."""
     while True:
         content = make(rng, level)
         for _ in range(20):
-            image = draw(rng, level, content)
-            if image is not None:
-                return content, image
+            picture = draw(rng, level, content)
+            if picture is not None:
+                return content, picture
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
-Pictures = list[Image.Image]
+def _text(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
+    text, picture = _draw_fitting(rng, level, make_text, draw_text)
+    return [picture], [Turn("text.read", text)]
 
 
-def _text(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
-    text, image = _draw_fitting(rng, level, make_text, draw_text)
-    return [image], [Turn("text.read", text)]
+def _receipt(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
+    receipt, picture = _draw_fitting(rng, level, make_receipt, draw_receipt)
+    return [picture], _questions(rng, split, lambda: ask_receipt(rng, receipt))
 
 
-def _receipt(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
-    receipt, image = _draw_fitting(rng, level, make_receipt, draw_receipt)
-    return [image], _questions(rng, split, lambda: ask_receipt(rng, receipt))
+def _chart(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
+    chart, picture = _drawn_chart(rng, level, split)
+    return [picture], _questions(rng, split, lambda: ask_chart(rng, chart, read_off=True))
 
 
-def _chart(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
-    chart, image = _drawn_chart(rng, level, split)
-    return [image], _questions(rng, split, lambda: ask_chart(rng, chart, read_off=True))
-
-
-def _drawn_chart(rng: random.Random, level: float, split: str) -> tuple[Chart, Image.Image]:
+def _drawn_chart(rng: random.Random, level: float, split: str) -> tuple[Chart, Picture]:
     """Held-out charts are by matplotlib itself; its imitation is only for speed."""
     share = MATPLOTLIB_SHARE * ramp(level, 0.4, 1.0)
     by_matplotlib = split == "heldout" or rng.random() < share
@@ -553,18 +554,18 @@ def _drawn_chart(rng: random.Random, level: float, split: str) -> tuple[Chart, I
     return chart, draw(rng, level, size, chart)
 
 
-def _scene(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
-    scene, image = _drawn_scene(rng, level)
-    return [image], _questions(rng, split, lambda: ask_scene(rng, level, scene))
+def _scene(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
+    scene, picture = _drawn_scene(rng, level)
+    return [picture], _questions(rng, split, lambda: ask_scene(rng, level, scene))
 
 
-def _drawn_scene(rng: random.Random, level: float) -> tuple[Scene, Image.Image]:
+def _drawn_scene(rng: random.Random, level: float) -> tuple[Scene, Picture]:
     canvas = _empty_canvas(rng, level)
     scene = canvas.make_scene(rng, level)
     return scene, canvas.draw(rng, level, scene)
 
 
-def _grounding(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
+def _grounding(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
     canvas = _empty_canvas(rng, level)
     scene = canvas.make_scene(rng, level)
     while not unique_shapes(scene):
@@ -572,7 +573,7 @@ def _grounding(rng: random.Random, level: float, split: str) -> tuple[Pictures, 
     return [canvas.draw(rng, level, scene)], _questions(rng, split, lambda: ask_grounding(rng, scene))
 
 
-def _two_images(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
+def _two_images(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
     canvases = [_empty_canvas(rng, level) for _ in range(2)]
     scenes, turn = _comparable_scenes(rng, level, [canvas.make_scene for canvas in canvases])
     return [canvas.draw(rng, level, scene) for canvas, scene in zip(canvases, scenes, strict=True)], [turn]
@@ -591,12 +592,12 @@ def _comparable_scenes(
             return scenes, turn
 
 
-def _two_turns(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
+def _two_turns(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
     if rng.random() < 0.5:
-        receipt, image = _draw_fitting(rng, level, make_receipt, draw_receipt)
-        return [image], _two_questions(lambda: ask_receipt(rng, receipt))
-    scene, image = _drawn_scene(rng, level)
-    return [image], _two_questions(lambda: ask_scene(rng, level, scene))
+        receipt, picture = _draw_fitting(rng, level, make_receipt, draw_receipt)
+        return [picture], _two_questions(lambda: ask_receipt(rng, receipt))
+    scene, picture = _drawn_scene(rng, level)
+    return [picture], _two_questions(lambda: ask_scene(rng, level, scene))
 
 
 def _questions(rng: random.Random, split: str, ask: Callable[[], Turn]) -> list[Turn]:
@@ -613,32 +614,32 @@ def _two_questions(ask: Callable[[], Turn]) -> list[Turn]:
     return [first, second]
 
 
-def _text_only(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
+def _text_only(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
     return [], [ask_arithmetic(rng, level)]
 
 
-def _describe(rng: random.Random, level: float, split: str) -> tuple[Pictures, list[Turn]]:
+def _describe(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
     kind = weighted(rng, {"lines": 2.0, "receipt": 1.0, "chart": 0.7, "scene": 1.0})
     if kind == "lines":
-        parts, image = _draw_fitting(rng, level, _make_lines, _draw_lines)
+        parts, picture = _draw_fitting(rng, level, _make_lines, _draw_lines)
     elif kind == "receipt":
-        receipt, image = _draw_fitting(rng, level, make_receipt, draw_receipt)
+        receipt, picture = _draw_fitting(rng, level, make_receipt, draw_receipt)
         parts = [*_priced(receipt), f"TOTAL {money(receipt.total)}"]
     elif kind == "chart":
-        chart, image = _drawn_chart(rng, level, split)
+        chart, picture = _drawn_chart(rng, level, split)
         parts = [f"{label}={value}" for label, value in chart.values.items()]
     else:
-        scene, image = _drawn_scene(rng, level)
+        scene, picture = _drawn_scene(rng, level)
         from_left = sorted(scene.shapes, key=lambda shape: shape.box[0] + shape.box[2])
         parts = [shape.name for shape in from_left]
-    return [image], [Turn(f"describe.{kind}", "\n".join(parts))]
+    return [picture], [Turn(f"describe.{kind}", "\n".join(parts))]
 
 
 def _make_lines(rng: random.Random, level: float) -> list[str]:
     return [make_text(rng, level) for _ in range(rng.randint(2, round(lerp(2, 5, ramp(level, 0.02, 0.4)))))]
 
 
-def _draw_lines(rng: random.Random, level: float, lines: list[str]) -> Image.Image | None:
+def _draw_lines(rng: random.Random, level: float, lines: list[str]) -> Picture | None:
     size = drawing.canvas_size(rng, level, easiest_side=64)
     font = drawing.pick_font(rng, level)
     highest = min(lerp(28, 56, ramp(level, 0.1, 0.8)), drawing.largest_font_size(lines, font, 0, size))
@@ -647,6 +648,38 @@ def _draw_lines(rng: random.Random, level: float, lines: list[str]) -> Image.Ima
         return None
     lettering = drawing.Lettering(font, round(drawing.log_uniform(rng, lowest, highest)))
     return drawing.draw_lines(rng, level, lines, lettering, size, in_columns=False)
+
+
+def _page(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
+    """A small picture full of characters of any height, to be learned from by its visual tokens alone.
+
+    Every token of it has a label, so it needs no dial: pictures of every difficulty are mixed from the start.
+    """
+    level *= rng.random()
+    size = tuple(round(drawing.log_uniform(rng, 64, 224)) for _ in range(2))
+    font = drawing.pick_font(rng, level)
+    height = drawing.log_uniform(rng, lerp(32, 11, level), min(64, min(size) / 1.4))
+    room = size[0] / (0.6 * height)
+    lines = [_page_line(rng, room) for _ in range(max(1, int(size[1] / (1.25 * height))))]
+    angle = rng.uniform(-5, 5) * level if rng.random() < 0.4 else 0.0
+    lettering = drawing.Lettering(font, min(round(height), drawing.largest_font_size(lines, font, angle, size)), angle)
+    return [drawing.draw_lines(rng, level, lines, lettering, size, in_columns=False)], []
+
+
+def _page_line(rng: random.Random, room: float) -> str:
+    """Words, prices, numbers and mixed strings, as many as fit into `room` characters; at least one character."""
+    words: list[str] = []
+    while True:
+        kind = rng.choice(("word", "price", "number", "mix"))
+        if kind == "word":
+            word = rng.choice((str.lower, str.capitalize, str.upper))(rng.choice(WORDS + GOODS))
+        elif kind == "price":
+            word = money(rng.randint(50, 9999))
+        else:
+            word = "".join(rng.choices(ALPHABET[:10] if kind == "number" else ALPHABET, k=rng.randint(1, 6)))
+        if len(" ".join([*words, word])) > room:
+            return " ".join(words) or word[: max(1, int(room))]
+        words.append(word)
 
 
 _MAKERS = {
@@ -662,8 +695,9 @@ _MAKERS = {
 TASKS = tuple(_MAKERS)
 """What the model is for, and is scored on."""
 DESCRIBE = "describe"
-"""A task for training alone."""
-_MAKERS[DESCRIBE] = _describe
+PAGE = "page"
+"""Tasks for training alone; the second has no question."""
+_MAKERS |= {DESCRIBE: _describe, PAGE: _page}
 
 
 # -------------------------------------------------------------------------------------------------- described pictures
@@ -730,9 +764,9 @@ _DESCRIBERS = (
 def make_sample(task: str, seed: int, difficulty: float = 1.0, split: str = "train") -> Sample:
     """The sample that belongs to these arguments: the same pixels and text on every call.
 
-    `task` is one of TASKS or DESCRIBE. `difficulty` 0 is the easiest version of the task, 1 all of it. A fifth of the
-    training samples are easier than asked for, and most have several questions; held-out samples are not and have one
-    (`two_turns` two). Raises ValueError for an unknown task or split or a difficulty outside [0, 1].
+    `task` is one of TASKS, DESCRIBE or PAGE. `difficulty` 0 is the easiest version of the task, 1 all of it. A fifth of
+    the training samples are easier than asked for, and most have several questions; held-out samples are not and have
+    one (`two_turns` two). Raises ValueError for an unknown task or split or a difficulty outside [0, 1].
     """
     if task not in _MAKERS:
         raise ValueError(f"task must be one of {tuple(_MAKERS)}, got {task!r}")
@@ -740,8 +774,8 @@ def make_sample(task: str, seed: int, difficulty: float = 1.0, split: str = "tra
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     rng = _seeded(task, split, seed)
     level = _level(rng, difficulty, split)
-    images, turns = _MAKERS[task](rng, level, split)
-    return _worded(rng, level, task, images, "", turns)
+    pictures, turns = _MAKERS[task](rng, level, split)
+    return _worded(rng, level, task, pictures, "", turns)
 
 
 def make_text_sample(seed: int, difficulty: float = 1.0) -> Sample:
@@ -776,11 +810,11 @@ def _level(rng: random.Random, difficulty: float, split: str) -> float:
 
 
 def _worded(
-    rng: random.Random, level: float, task: str, images: list[Image.Image], opening: str, turns: list[Turn]
+    rng: random.Random, level: float, task: str, pictures: list[Picture], opening: str, turns: list[Turn]
 ) -> Sample:
     """The questions in words, the first after `opening`."""
     pairs = [(opening * (index == 0) + phrase(rng, level, turn), turn.answer) for index, turn in enumerate(turns)]
-    return Sample(task, images, pairs, [turn.accepted for turn in turns])
+    return Sample(task, pictures, pairs, [turn.accepted for turn in turns])
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring

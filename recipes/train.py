@@ -26,8 +26,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from .blueprint import build_model, build_processor, build_tokenizer, load, question_words
+from .cells import EMPTY, token_of
 from .data import ALL_TASKS, TEXT_PRETRAINING, PackedSamples, answer_index
-from .tasks import DESCRIBE
+from .tasks import DESCRIBE, PAGE
 
 DIALS_FILE = "dials.json"
 LOG_FILE = "log.jsonl"
@@ -45,7 +46,7 @@ class Stage:
 
 
 PICTURES = {"text": 0.27, "receipt": 0.12, "chart": 0.12, "scene": 0.12, "grounding": 0.09}
-PICTURES |= {"two_images": 0.07, "two_turns": 0.04, DESCRIBE: 0.17}
+PICTURES |= {"two_images": 0.07, "two_turns": 0.04, DESCRIBE: 0.17, PAGE: 0.4}
 WITH_TEXT = PICTURES | {"text_only": 0.1, TEXT_PRETRAINING: 0.05}
 
 STAGES = {
@@ -65,14 +66,20 @@ OPEN_AT = dict.fromkeys(ALL_TASKS, 0.6) | {"grounding": 0.75, DESCRIBE: 0.7, "ch
 OPEN_AT |= dict.fromkeys(("scene", "two_images", "two_turns"), 0.75)
 
 
+def closed_dials() -> Tensor:
+    """(tasks,) zeros; a task without questions has no score to open its dial, and is whole from the start."""
+    return torch.tensor([float(task == PAGE) for task in ALL_TASKS])
+
+
 @dataclass
 class Dials:
     """Difficulty of each task, opened step by step as the model gets its samples right, and closed as it fails."""
 
-    difficulty: Tensor = field(default_factory=lambda: torch.zeros(len(ALL_TASKS)).share_memory_())
+    difficulty: Tensor = field(default_factory=lambda: closed_dials().share_memory_())
     score: list[float] = field(default_factory=lambda: [0.0] * len(ALL_TASKS))
     since_change: list[int] = field(default_factory=lambda: [0] * len(ALL_TASKS))
     num_answers: int = 0
+    cell_score: float = 0.0  # running share of the cells with something in them whose label is the most likely token
 
     SMOOTHING = 0.02
     STEP = 0.01
@@ -96,6 +103,10 @@ class Dials:
                 continue
             self.difficulty[task], self.since_change[task] = changed, 0
 
+    def record_cells(self, share: float) -> None:
+        """Counts one batch."""
+        self.cell_score += self.SMOOTHING * (share - self.cell_score)
+
     def save(self, folder: Path) -> None:
         state = {
             "num_answers": self.num_answers,
@@ -107,8 +118,9 @@ class Dials:
     def load(self, folder: Path) -> None:
         state = json.loads((folder / DIALS_FILE).read_text())
         self.num_answers = state["num_answers"]
-        self.difficulty.copy_(torch.tensor([state["difficulty"][task] for task in ALL_TASKS]))
-        self.score = [state["score"][task] for task in ALL_TASKS]
+        for index, task in enumerate(ALL_TASKS):
+            if task in state["difficulty"]:  # else a task that the saved run did not have
+                self.difficulty[index], self.score[index] = state["difficulty"][task], state["score"][task]
 
 
 def answer_scores(logits: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:
@@ -121,6 +133,14 @@ def answer_scores(logits: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:
     share = hits.index_add(0, answer[counted], right) / total.index_add(0, answer[counted], torch.ones_like(right))
     by_token = torch.isin(tasks, torch.tensor([ALL_TASKS.index(task) for task in BY_TOKEN], device=tasks.device))
     return torch.where(by_token, share, (share == 1).float())
+
+
+def cell_score(logits: Tensor, labels: Tensor, empty_id: int) -> float:
+    """Share of the cells with something in them whose label is the most likely token; 0 without such cells."""
+    labels = labels[:, 1:]
+    is_marked = (labels >= 0) & (labels != empty_id)
+    right = logits[:, :-1].argmax(-1) == labels
+    return float((right & is_marked).sum() / is_marked.sum().clamp(min=1))
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -167,6 +187,7 @@ class PackedTrainer(Trainer):
     def __init__(self, *args: Any, dials: Dials, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.dials = dials
+        self.empty_id = token_of(EMPTY, self.processing_class.tokenizer)
         self.model_accepts_loss_kwargs = False  # one packed batch per step: its own mean is the loss
 
     def create_optimizer(self) -> torch.optim.Optimizer:
@@ -181,10 +202,11 @@ class PackedTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         batch = dict(inputs)
-        tasks = batch.pop("task_index")
-        outputs = model(**batch, use_cache=False)
+        tasks, answers, cells = (batch.pop(name) for name in ("task_index", "labels", "cell_labels"))
+        outputs = model(**batch, labels=torch.where(cells < 0, answers, cells), use_cache=False)
         with torch.no_grad():
-            self.dials.record(tasks, answer_scores(outputs.logits, batch["labels"], tasks))
+            self.dials.record(tasks, answer_scores(outputs.logits, answers, tasks))
+            self.dials.record_cells(cell_score(outputs.logits, cells, self.empty_id))
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
 
@@ -202,7 +224,13 @@ class Progress(TrainerCallback):
                 task: [round(float(difficulty), 3), round(score, 3)]
                 for task, difficulty, score in zip(ALL_TASKS, self.dials.difficulty, self.dials.score, strict=True)
             }
-            row = {"step": state.global_step, "answers": self.dials.num_answers, **logs, "tasks": tasks}
+            row = {
+                "step": state.global_step,
+                "answers": self.dials.num_answers,
+                **logs,
+                "cells": round(self.dials.cell_score, 3),
+                "tasks": tasks,
+            }
             with (self.folder / LOG_FILE).open("a") as log:
                 log.write(json.dumps(row) + "\n")
 

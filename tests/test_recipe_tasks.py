@@ -109,14 +109,15 @@ def test_pictures_grow_with_difficulty(task):
         images = [image for seed in SEEDS for image in make_sample(task, seed, difficulty).images]
         return float(np.mean([image.width * image.height for image in images]))
 
-    assert mean_area(0.0) <= 96 * 96 < mean_area(0.5) < mean_area(1.0)
+    assert mean_area(0.0) <= 160 * 160
+    assert mean_area(0.0) < mean_area(0.5) < mean_area(1.0)
 
 
 def test_matplotlib_charts_have_the_size_asked_for():
     rng = random.Random(0)
     chart = tasks.make_chart(rng, 1.0)
     for size in [(96, 384), (101, 97), (333, 257), (1023, 256)]:
-        assert drawing.draw_chart_with_matplotlib(rng, 1.0, size, chart).size == size
+        assert drawing.draw_chart_with_matplotlib(rng, 1.0, size, chart).image.size == size
 
 
 def test_heldout_charts_are_drawn_by_matplotlib_and_easy_training_charts_are_not(monkeypatch):
@@ -243,7 +244,7 @@ def test_lines_stay_inside_the_canvas_at_the_largest_font_size(font):
     for text in ("j", "WWWWW", "Wg,$%jy"):
         for angle in (-5.0, 0.0, 5.0):
             size = drawing.largest_font_size([text], font, angle, (200, 120))
-            mask = drawing.text_mask([text], drawing.Lettering(font, size, angle))
+            mask = drawing.text_mask([text], drawing.Lettering(font, size, angle)).image
             assert mask.width <= 196 and mask.height <= 116
             assert mask.width > 150 or mask.height > 60
 
@@ -390,13 +391,76 @@ def test_bars_are_as_high_as_their_values(draw):
     for seed in range(10):
         rng = random.Random(seed)
         chart = drawing.Chart("bar", {label: rng.randint(5, 99) for label in "ABC"}, annotated=False)
-        pixels = np.asarray(draw(rng, 0.0, (300, 240), chart)).astype(int)
+        pixels = np.asarray(draw(rng, 0.0, (300, 240), chart).image).astype(int)
         bar = np.abs(pixels - drawing.TAB_COLORS[0]).sum(-1) < 30
         columns = np.nonzero(bar.sum(0) > 0.5 * bar.sum(0)[bar.any(0)].min())[0]
         parts = np.split(columns, np.nonzero(np.diff(columns) > 2)[0] + 1)
         heights = [np.median(bar[:, part].sum(0)) for part in parts]
         expected = np.array(list(chart.values.values()))
         assert np.abs(np.array(heights) / max(heights) * expected.max() - expected).max() <= 1.5
+
+
+# --------------------------------------------------------------------------------------------------------------- marks
+
+
+@pytest.mark.parametrize("angle", [-5.0, 0.0, 5.0])
+@pytest.mark.parametrize("in_columns", [False, True])
+def test_marks_are_where_the_characters_are(angle, in_columns):
+    lines = ["Hi 7", "tea 12.40"]
+    picture = drawing.draw_lines(
+        random.Random(3), 0.1, lines, drawing.Lettering("DejaVuSans.ttf", 40, angle), (400, 200), in_columns
+    )
+    assert sorted(mark.text for mark in picture.marks) == sorted("".join(lines).replace(" ", ""))
+    by_text = {mark.text: mark.box for mark in picture.marks}
+    assert by_text["H"][0] < by_text["i"][0] < by_text["7"][0] and by_text["H"][1] < by_text["t"][1]
+    ink = np.asarray(picture.image.convert("L")) < 128
+    rows, columns = np.nonzero(ink)
+    inside = np.zeros(len(rows), dtype=bool)
+    for left, top, right, bottom in by_text.values():
+        # Upright boxes of letters that lean by 5 degrees leave a margin of a tenth of their height.
+        here = (left - 4 <= columns) & (columns <= right + 4) & (top - 4 <= rows) & (rows <= bottom + 4)
+        assert here.any()
+        inside |= here
+    assert inside.all()
+
+
+def test_marks_of_a_chart_are_its_numbers_and_letters():
+    chart = drawing.Chart("bar", {"A": 35, "B": 62, "C": 81}, annotated=True)
+    picture = drawing.draw_chart(random.Random(0), 0.0, (240, 200), chart)
+    texts = "".join(mark.text for mark in picture.marks)
+    assert all(character in texts for character in "ABC3562810")
+    pixels = np.asarray(picture.image).min(-1)
+    for _, (left, top, right, bottom) in picture.marks:
+        assert pixels[round(top) : round(bottom) + 1, round(left) : round(right) + 1].min() < 100
+
+
+@pytest.mark.parametrize("task", [task for task in VISUAL_TASKS if task not in ("chart", "two_turns")])
+@pytest.mark.parametrize("difficulty", [0.0, 1.0])
+def test_every_training_picture_but_matplotlibs_has_marks_inside_it(task, difficulty):
+    for seed in SEEDS:
+        for image, marks in make_sample(task, seed, difficulty).pictures:
+            assert marks
+            for _, (left, top, right, bottom) in marks:
+                assert 0 <= (left + right) / 2 <= image.width and 0 <= (top + bottom) / 2 <= image.height
+
+
+def test_a_page_asks_nothing_and_is_full_of_characters():
+    samples = [make_sample(tasks.PAGE, seed) for seed in range(200)]
+    assert all(sample.turns == [] and len(sample.pictures[0].marks) >= 1 for sample in samples)
+    heights = [box[3] - box[1] for sample in samples for _, box in sample.pictures[0].marks]
+    assert min(heights) < 16 and max(heights) > 48
+    assert np.mean([len(sample.pictures[0].marks) for sample in samples]) > 10
+
+
+def test_shapes_are_marked_with_their_colour_and_kind():
+    for seed in SEEDS:
+        sample = make_sample("grounding", seed, 0.5)
+        name = re.search(r"<ref>(.*)</ref>", sample.turns[0][1])[1]
+        box = sample.accepted[0].box
+        picture = sample.pictures[0]
+        scale = np.tile(picture.image.size, 2) / 1000
+        found = {mark.text for mark in picture.marks if np.abs(np.array(mark.box) - box * scale).max() <= 1}
+        assert found == set(name.split())
 
 
 # ------------------------------------------------------------------------------------------------------------- scoring

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import relative_error
@@ -12,8 +13,9 @@ pytest.importorskip("matplotlib")
 from PIL import Image  # noqa: E402
 
 from navil_modules import processing  # noqa: E402
-from recipes import blueprint, data, plot, publish, train  # noqa: E402
-from recipes.tasks import TASKS, make_sample  # noqa: E402
+from recipes import blueprint, cells, data, plot, publish, train  # noqa: E402
+from recipes.drawing import Mark, Picture  # noqa: E402
+from recipes.tasks import PAGE, TASKS, make_sample  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def test_training_ids_begin_like_the_ids_that_chat_sees(model, processor, monkey
 def test_packed_samples_do_not_see_each_other(model, processor):
     samples = drawn(processor, "text", "text_only", "scene", "two_images", "two_turns")
     batch = data.pack([samples[:2], samples[2:]], processor.tokenizer.pad_token_id)
-    inputs = {name: x for name, x in batch.items() if name not in ("task_index", "labels")}
+    inputs = {name: x for name, x in batch.items() if name not in ("task_index", "labels", "cell_labels")}
     with torch.no_grad():
         packed = model(**inputs, use_cache=False).logits
         for row, in_row in enumerate((samples[:2], samples[2:])):
@@ -144,10 +146,57 @@ def test_answer_scores(processor):
 def test_answers_weigh_alike_whatever_their_length(processor):
     batch = data.pack([drawn(processor, "grounding", "text_only", "receipt")], processor.tokenizer.pad_token_id)
     answer = data.answer_index(batch["labels"])
-    assert (batch["loss_weight"] > 0).equal(answer >= 0)
+    assert (batch["loss_weight"] > 0).equal((answer >= 0) | (batch["cell_labels"] >= 0))
+    assert not ((answer >= 0) & (batch["cell_labels"] >= 0)).any()
     for index in range(len(batch["task_index"])):
         weight = batch["loss_weight"][answer == index]
         assert torch.allclose(weight, torch.full_like(weight, len(weight) ** -0.5))
+
+
+def test_cells_are_labelled_with_what_they_show(processor):
+    """A picture of 5 x 8 cells, and its smaller copy of 4 x 6, in which 32 pixels are 45 of the picture."""
+    marks = [Mark("7", (4, 4, 20, 28)), Mark("x", (40, 70, 52, 90)), Mark("red", (128, 0, 256, 160))]
+    picture = Picture(Image.new("RGB", (256, 160)), tuple(marks))
+    labels, weight = cells.label_cells(picture, processor)
+    tokens = processor.tokenizer.convert_ids_to_tokens(labels)
+    assert len(tokens) == len(weight) == 4 * 6 + 5 * 8
+    small, large = np.array(tokens[:24]).reshape(4, 6), np.array(tokens[24:]).reshape(5, 8)
+    expected = np.full((5, 8), "Ġ", dtype=object)
+    expected[0, 0], expected[2, 1], expected[:, 4:] = "7", "x", "Ġred"
+    assert (large == expected).all()
+    assert small[0, 0] == "7" and small[1, 1] == "x" and (small[:, 3:] == "Ġred").all()
+    is_empty = labels == cells.token_of(cells.EMPTY, processor.tokenizer)
+    assert weight[is_empty].max() < weight[~is_empty].min()
+
+
+def test_cells_of_a_picture_without_marks_are_not_labelled(processor):
+    labels, weight = cells.label_cells(Picture(Image.new("RGB", (256, 128))), processor)
+    assert (labels == processing.IGNORE_INDEX).all() and not weight.any()
+
+
+def test_cell_labels_follow_their_visual_tokens(processor):
+    sample = make_sample("two_images", 0, 0.5)
+    encoded = data.encode(sample, processor)
+    ids = encoded.conversation.input_ids
+    is_visual = ids == processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    assert ((encoded.cell_labels[1:] >= 0) == is_visual[:-1]).all() and encoded.cell_labels[0] < 0
+    expected = torch.cat([cells.label_cells(picture, processor)[0] for picture in sample.pictures])
+    assert encoded.cell_labels[1:][is_visual[:-1]].equal(expected)
+
+
+def test_a_page_trains_its_cells_alone(processor):
+    encoded = data.encode(data.draw(PAGE, 0, 1.0), processor)
+    assert encoded.num_answers == 0 and (encoded.conversation.labels < 0).all() and (encoded.cell_labels >= 0).any()
+    batch = data.pack([[encoded, *drawn(processor, "text")]], processor.tokenizer.pad_token_id)
+    assert batch["task_index"].tolist() == [data.ALL_TASKS.index("text")]
+    assert (batch["loss_weight"] > 0).equal((batch["labels"] >= 0) | (batch["cell_labels"] >= 0))
+
+
+def test_cell_score_counts_what_is_not_empty():
+    labels = torch.tensor([[-100, 3, 4, 0, 4]])
+    logits = torch.nn.functional.one_hot(torch.tensor([[3, 4, 5, 5, 5]]), 6).float()
+    assert train.cell_score(logits, labels, empty_id=0) == pytest.approx(2 / 3)
+    assert train.cell_score(logits, torch.full((1, 5), -100), empty_id=0) == 0
 
 
 def test_optimizer_takes_every_parameter_once_and_survives_saving(model):
