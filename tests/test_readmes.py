@@ -26,6 +26,18 @@ def test_chinese_commands_are_the_english_ones():
     assert commands and [line for line in commands if line and line not in english] == []
 
 
+def test_both_have_the_same_sections_tables_and_calls():
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in READMES[:2])
+
+    def outline(text: str) -> list[str]:
+        guarantees = text.find("\n| guarantee |")  # a table that the Chinese one sums up
+        text = text if guarantees < 0 else text[:guarantees] + text[text.index("Tried without") :]
+        calls = [re.findall(r"\w+\(", block) for block in re.findall(r"```(?:python|py)\n(.*?)```", text, flags=re.S)]
+        return re.findall(r"^(?:##+ |\|---)", text, flags=re.M) + calls
+
+    assert outline(chinese) == outline(english)
+
+
 def test_published_numbers_are_the_same_in_both():
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in READMES[:2])
     rows = [
