@@ -40,7 +40,10 @@ def load_conversations(path: Path) -> list[dict[str, Any]]:
 
 
 def add_lora(model: Any, experts: str, rank: int) -> Any:
-    from peft import LoraConfig, get_peft_model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(f"--lora needs peft: pip install peft ({error})") from error
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS[experts])
     return get_peft_model(model, config)

@@ -279,6 +279,12 @@ def test_example_teaches_its_answers(recordings, conversations, tmp_path):
     assert finetune.main([*options, "--row-length", "4"]) == 1
 
 
+def test_lora_without_peft_says_what_to_install(monkeypatch, recording):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="pip install peft"):
+        finetune.add_lora(fresh_model(recording), "both", 4)
+
+
 @pytest.mark.parametrize("experts", finetune.LORA_TARGETS)
 def test_lora_trains_its_experts_alone_merges_and_reloads(recordings, conversations, tmp_path, experts):
     peft = pytest.importorskip("peft")
