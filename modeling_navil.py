@@ -203,7 +203,7 @@ def segment_attention_eager(query: Tensor, key: Tensor, value: Tensor, segments:
     """Attention inside segments from its definition; query, key, value and result (N, H, E)."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = (q @ k.transpose(-1, -2) * scaling).softmax(dim=-1, dtype=torch.float32)
+        weights = ((q * scaling) @ k.transpose(-1, -2)).softmax(dim=-1)
         return weights.to(v.dtype) @ v
 
     return _attend_by_run(attend, query, key, value, segments)
@@ -406,7 +406,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         patches = self._check_inputs(pixel_values, image_grid_thw)
         layout = PackedLayout.build(image_grid_thw.tolist(), config, patches.device)
         merge_cells = (-1, config.spatial_merge_size**2)
-        x = patches.unflatten(0, merge_cells)[layout.entry].flatten(0, 1)
+        x = patches.unflatten(0, merge_cells).index_select(0, layout.entry).flatten(0, 1)
         x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))  # (N, D_vision)
         frequencies = rotary_frequencies(config.head_dim // 2, config.rope_theta, x.device)  # (E/4,)
         angles = (layout.positions[..., None] * frequencies).flatten(1).repeat(1, 2)[:, None]  # (N, 1, E)
@@ -415,7 +415,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         for index, block in enumerate(self.blocks):
             segments = layout.segments if index in full_blocks else layout.windows
             x = self._run(block, x, cos, sin, segments)
-        return x.unflatten(0, merge_cells)[layout.exit.to(x.device)]
+        return x.unflatten(0, merge_cells).index_select(0, layout.exit.to(x.device))
 
     def _check_inputs(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         merge, patch_dim = self.config.spatial_merge_size, self.config.patch_dim
@@ -480,11 +480,11 @@ class ModalityOrder(NamedTuple):
     def split(self, x: Tensor) -> Tensor:
         """(B, L, ...) in sequence order -> (T, ...) sorted by modality."""
         x = x.flatten(0, 1)
-        return x if self.by_modality is None else x[self.by_modality.to(x.device)]
+        return x if self.by_modality is None else x.index_select(0, self.by_modality.to(x.device))
 
     def join(self, x: Tensor) -> Tensor:
         """(T, ...) sorted by modality -> (B, L, ...) in sequence order."""
-        x = x if self.by_sequence is None else x[self.by_sequence.to(x.device)]
+        x = x if self.by_sequence is None else x.index_select(0, self.by_sequence.to(x.device))
         return x.unflatten(0, self.batch_shape)
 
     def apply_experts(self, text_expert: Callable, visual_expert: Callable, x: Tensor) -> Tensor:
@@ -575,12 +575,32 @@ def decoder_attention_eager(
         The output (B, L, H, E) and the weights (B, H, L, keys).
     """
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
-    scores = query @ key.transpose(-1, -2) * scaling
+    scores = (query * scaling) @ key.transpose(-1, -2)
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(dim=-1)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
+
+
+def decoder_attention_one_query(
+    module: "NaViLAttention",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As `decoder_attention_eager` where L is 1: decoding, which is as fast as keys and values can be read.
+
+    The heads that share a key have one query each, and are to the kernel one head with several queries; transformers'
+    own function copies every key and value for each of them.
+    """
+    query = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # (B, K, H/K, E)
+    output = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+    return output.flatten(1, 2)[:, None], None  # (B, 1, H, E)
 
 
 class NaViLAttentionExpert(nn.Module):
@@ -638,7 +658,12 @@ class NaViLAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
         implementation = causal_mask.implementation
-        attend = decoder_attention_eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+        if implementation == "eager":
+            attend = decoder_attention_eager
+        elif implementation == "sdpa" and query.shape[-2] == 1:
+            attend = decoder_attention_one_query
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS[implementation]
         dropout = self.config.attention_dropout if self.training else 0.0
         mask = causal_mask(key.shape[-2], query.device)
         output, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout)
@@ -879,13 +904,15 @@ def next_token_loss(
     Returns:
         The loss, 0 with zero gradients where there is nothing to learn.
     """
-    logits, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
-    losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    labels = labels[:, 1:].to(logits.device)
+    counted = labels != IGNORE_INDEX
+    # In float32 only where something is to be learned: a long prompt's logits are the largest tensor there is.
+    losses = F.cross_entropy(logits[:, :-1][counted].float(), labels[counted], reduction="none")
     if loss_weight is not None:
-        weight = loss_weight[:, 1:].flatten().to(logits)
-        return (losses * weight).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
-    num_items = (labels != IGNORE_INDEX).sum() if num_items is None else torch.as_tensor(num_items)
-    return losses.sum() / num_items.to(losses.device).clamp(min=1)
+        weight = loss_weight[:, 1:].to(losses)
+        return (losses * weight[counted]).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+    num_items = len(losses) if num_items is None else num_items
+    return losses.sum() / torch.as_tensor(num_items, device=losses.device).clamp(min=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -105,9 +105,9 @@ def build_processor(tokenizer, config):
     return processing.NaViLProcessor(image_processor, tokenizer)
 
 
-def load(folder):
+def load(folder, attn_implementation="sdpa"):
     """Model and processor of a folder, with this repository's code: a published folder has none of its own."""
-    model = modeling.NaViLForConditionalGeneration.from_pretrained(folder)
+    model = modeling.NaViLForConditionalGeneration.from_pretrained(folder, attn_implementation=attn_implementation)
     tokenizer = tokenization.NaViLTokenizer.from_pretrained(folder)
     image_processor = image_processing.NaViLImageProcessor.from_pretrained(folder)
     return model, processing.NaViLProcessor(image_processor, tokenizer)

@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from torch.utils import benchmark
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer_utils import get_last_checkpoint, set_seed
+
+from navil_modules import modeling
 
 from .blueprint import build_model, build_processor, build_tokenizer, load, question_words
 from .cells import EMPTY, token_of
@@ -62,8 +65,8 @@ STAGES = {
 # share of answers that are right as a whole; of boxes, whose last digits are not to be had exactly, and of long answers
 # it is the share of tokens. Unlabelled chart values are estimates; half of the answers about shapes can be guessed.
 BY_TOKEN = ("grounding", DESCRIBE)
-OPEN_AT = dict.fromkeys(ALL_TASKS, 0.6) | {"grounding": 0.75, DESCRIBE: 0.7, "chart": 0.5, "text_only": 0.85}
-OPEN_AT |= dict.fromkeys(("scene", "two_images", "two_turns"), 0.75)
+OPEN_AT = dict.fromkeys(ALL_TASKS, 0.5) | {"grounding": 0.7, DESCRIBE: 0.65, "chart": 0.45, "text_only": 0.85}
+OPEN_AT |= dict.fromkeys(("scene", "two_images", "two_turns"), 0.7)
 
 
 def closed_dials() -> Tensor:
@@ -184,9 +187,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
 class PackedTrainer(Trainer):
     """Trainer over `PackedSamples`, which come as whole batches and tell their tasks' progress to the dials."""
 
-    def __init__(self, *args: Any, dials: Dials, **kwargs: Any):
+    def __init__(self, *args: Any, dials: Dials, dtype: torch.dtype, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.dials = dials
+        self.dtype = dtype  # of a step's arithmetic; weights, gradients and optimizer stay float32
         self.empty_id = token_of(EMPTY, self.processing_class.tokenizer)
         self.model_accepts_loss_kwargs = False  # one packed batch per step: its own mean is the loss
 
@@ -203,7 +207,10 @@ class PackedTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         batch = dict(inputs)
         tasks, answers, cells = (batch.pop(name) for name in ("task_index", "labels", "cell_labels"))
-        outputs = model(**batch, labels=torch.where(cells < 0, answers, cells), use_cache=False)
+        # Autocast keeps the residual stream in float32 and casts around every layer; one cast of the weights does not.
+        weights = {name: parameter.to(self.dtype) for name, parameter in model.named_parameters()}
+        batch |= {"labels": torch.where(cells < 0, answers, cells), "use_cache": False}
+        outputs = torch.func.functional_call(model, weights, kwargs=batch)
         with torch.no_grad():
             self.dials.record(tasks, answer_scores(outputs.logits, answers, tasks))
             self.dials.record_cells(cell_score(outputs.logits, cells, self.empty_id))
@@ -282,7 +289,6 @@ def training_arguments(stage: Stage, folder: Path, steps: int, save_steps: int) 
         lr_scheduler_kwargs={"num_decay_steps": round(stage.decay * steps)},
         warmup_steps=100,
         weight_decay=stage.weight_decay,
-        bf16=bf16_pays("cuda" if on_gpu else "cpu"),
         use_cpu=not on_gpu,
         logging_steps=20,
         save_steps=save_steps,
@@ -293,7 +299,31 @@ def training_arguments(stage: Stage, folder: Path, steps: int, save_steps: int) 
     )
 
 
-def run_stage(name: str, folder: Path, start: Path, steps: int, deadline: float | None, save_steps: int) -> bool:
+# On a CPU the backward pass of torch's fused attention takes several times as long as plain matrix products, and oneDNN
+# takes milliseconds to prepare a product of a shape that it has not seen: so this attention works on runs of 2**n
+# segments, whose shapes come again, and many prepared products are kept.
+PLAIN_ATTENTION = "plain"
+ONEDNN_CAPACITY = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "5000")
+
+
+@torch.compiler.disable
+def segment_attention_plain(
+    query: Tensor, key: Tensor, value: Tensor, segments: modeling.Segments, scaling: float
+) -> Tensor:
+    """As `modeling.segment_attention_eager`, outside compiled graphs, which would be specialised to these lengths."""
+    runs = [
+        (1 << bit, length) for count, length in segments.runs for bit in range(count.bit_length()) if count >> bit & 1
+    ]
+    return modeling.segment_attention_eager(query, key, value, segments._replace(runs=runs), scaling)
+
+
+ALL_ATTENTION_FUNCTIONS[PLAIN_ATTENTION] = torch.compiler.disable(modeling.decoder_attention_eager)
+modeling.SEGMENT_ATTENTION_FUNCTIONS[PLAIN_ATTENTION] = segment_attention_plain
+
+
+def run_stage(
+    name: str, folder: Path, start: Path, steps: int, deadline: float | None, save_steps: int, compiled: bool = False
+) -> bool:
     """Trains one stage from the model folder `start`, or from the stage's own last checkpoint; True when complete."""
     stage = STAGES[name]
     folder.mkdir(parents=True, exist_ok=True)
@@ -302,10 +332,14 @@ def run_stage(name: str, folder: Path, start: Path, steps: int, deadline: float 
     dials = Dials()
     if (source / DIALS_FILE).is_file():  # an untrained model has none
         dials.load(source)
-    model, processor = load(source)
+    on_gpu = torch.cuda.is_available()
+    model, processor = load(source, attn_implementation="sdpa" if on_gpu else PLAIN_ATTENTION)
     if name == "s1.1" and checkpoint is None:
         copy_text_experts(model)
     choose_trained(model, name)
+    if compiled:
+        for layer in (*model.vision_model.blocks, *model.language_model.model.layers):
+            layer.compile(dynamic=True)
     weights = torch.tensor([stage.mix.get(task, 0.0) for task in ALL_TASKS])
     trainer = PackedTrainer(
         model=model,
@@ -313,6 +347,7 @@ def run_stage(name: str, folder: Path, start: Path, steps: int, deadline: float 
         train_dataset=PackedSamples(processor, weights, dials.difficulty, first_seed=dials.num_answers),
         processing_class=processor,
         dials=dials,
+        dtype=torch.bfloat16 if bf16_pays("cuda" if on_gpu else "cpu") else torch.float32,
         callbacks=[Progress(dials, folder, deadline)],
     )
     steps_done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
@@ -362,6 +397,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="length of a stage, in steps; repeatable (" + ", ".join(f"{n}={s.steps}" for n, s in STAGES.items()) + ")",
     )
     parser.add_argument("--save-steps", type=int, default=250, help="steps between checkpoints (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="compile the layers; needs a C++ compiler")
     parser.add_argument("--init", type=Path, metavar="DIR", help="continue s2 from a published model folder")
     return parser
 
@@ -378,6 +414,7 @@ def stage_lengths(overrides: Sequence[str]) -> dict[str, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
+    os.environ.setdefault(*ONEDNN_CAPACITY)
     lengths = stage_lengths(options.steps)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     options.runs.mkdir(parents=True, exist_ok=True)
@@ -386,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in stages:
         folder = options.runs / name
         if not (folder / "final").is_dir() and not run_stage(
-            name, folder, start, lengths[name], deadline, options.save_steps
+            name, folder, start, lengths[name], deadline, options.save_steps, options.compile
         ):
             print(f"stopped in {name}; run again to resume")
             return 0

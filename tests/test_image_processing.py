@@ -80,6 +80,20 @@ def test_scales_shrink_strictly(size, tau):
     assert cells == sorted(set(cells))
 
 
+@pytest.mark.parametrize("patch_size", [4, 5])  # an even and an odd number of pixels
+def test_each_channel_is_normalised_by_its_own_mean_and_deviation(patch_size):
+    mean, std = (0.48, 0.45, 0.4), (0.27, 0.26, 0.28)
+    side = 6 * patch_size
+    budget = {"min_pixels": patch_size**2, "max_pixels": side**2}
+    processor = NaViLImageProcessor(patch_size, 2, image_mean=mean, image_std=std, **budget)
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    patches = patchify(pixels, patch_size, 2).reshape(-1, 3, patch_size**2)
+    expected = (patches / 255 - np.array(mean)[:, None]) / np.array(std)[:, None]
+    given = processor(pixels, return_tensors="np")["pixel_values"]
+    assert given.dtype == np.float32
+    np.testing.assert_allclose(given, expected.reshape(given.shape), rtol=0, atol=1e-6)
+
+
 def test_patchify_keeps_merge_groups_together():
     rows, columns = np.meshgrid(np.arange(8), np.arange(12), indexing="ij")
     pixels = np.stack([rows, columns], axis=-1)  # 8 x 12 pixels, patches of 2, cells of 4

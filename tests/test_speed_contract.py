@@ -11,12 +11,13 @@ SYNCHRONISING = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique")
 
 
 class Operations(TorchDispatchMode):
-    """Counts what reaches the kernels: host syncs, and multiplications in matrix products."""
+    """Notes what reaches the kernels: host syncs, multiplications in matrix products, keys of attention."""
 
     def __init__(self):
         super().__init__()
         self.num_syncs = 0
         self.multiplications = 0
+        self.attended_keys = []  # what fused attention got
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -25,6 +26,8 @@ class Operations(TorchDispatchMode):
         if name in ("mm", "addmm"):
             left = args[-2]
             self.multiplications += result.numel() * left.shape[-1]
+        if "scaled_dot_product" in name:
+            self.attended_keys.append(args[1])
         return result
 
 
@@ -56,6 +59,15 @@ def test_a_decoding_step_on_a_static_cache_has_no_host_sync_and_is_one_graph():
         expected = step(model)
         assert count(lambda: step(model)).num_syncs == 0
         assert torch.equal(step(torch.compile(model, backend="eager", fullgraph=True)), expected)
+
+
+def test_a_decoding_step_reads_the_cached_keys_themselves():
+    """Keys are shared by groups of heads; no copy of them is made for every head."""
+    model = build().language_model
+    cache = StaticCache(model.config, max_batch_size=2, max_cache_len=8, device="cpu", dtype=torch.float32)
+    ids, position = torch.ones(2, 1, dtype=torch.long), torch.tensor([3])
+    operations = count(lambda: model(ids, past_key_values=cache, cache_position=position))
+    assert [keys.data_ptr() for keys in operations.attended_keys] == [keys.data_ptr() for keys in cache.key_cache]
 
 
 def test_mixed_tokens_cost_as_many_multiplications_as_text():
