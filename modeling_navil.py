@@ -79,10 +79,15 @@ def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
+# oneMKL chooses the kernel of a function in its first call. Among threads that make that call together one may get a
+# kernel of low accuracy, wrong by 2e-4 (pytorch/pytorch#188792): the first call is made here, in one thread.
+for function in (torch.cos, torch.sin):
+    function(torch.zeros(1, device="cpu"))
+
+
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates feature i against feature i + E/2 of x (..., E); cos and sin broadcast to x."""
+    """Rotates feature i against feature i + E/2 of x (..., E); cos and sin (..., E/2) broadcast to a half of it."""
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.chunk(2, dim=-1)[0], sin.chunk(2, dim=-1)[0]
     return torch.cat([torch.addcmul(first * cos, second, -sin), torch.addcmul(second * cos, first, sin)], dim=-1)
 
 
@@ -409,7 +414,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         x = patches.unflatten(0, merge_cells).index_select(0, layout.entry).flatten(0, 1)
         x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))  # (N, D_vision)
         frequencies = rotary_frequencies(config.head_dim // 2, config.rope_theta, x.device)  # (E/4,)
-        angles = (layout.positions[..., None] * frequencies).flatten(1).repeat(1, 2)[:, None]  # (N, 1, E)
+        angles = (layout.positions[..., None] * frequencies).flatten(1)[:, None]  # (N, 1, E/2)
         cos, sin = angles.cos(), angles.sin()
         full_blocks = range(len(self.blocks)) if config.fullatt_block_indexes is None else config.fullatt_block_indexes
         for index, block in enumerate(self.blocks):
@@ -789,7 +794,7 @@ class NaViLTextModel(NaViLPreTrainedModel):
         )
 
     def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, (B, 1, L, E), of 1D RoPE with none, linear or dynamic NTK scaling."""
+        """Cosine and sine, (B, 1, L, E/2), of 1D RoPE with none, linear or dynamic NTK scaling."""
         config = self.config
         frequencies = rotary_frequencies(config.head_dim, config.rope_theta, position_ids.device)  # (E/2,)
         positions = position_ids[..., None].float()  # (B, L, 1)
@@ -801,7 +806,7 @@ class NaViLTextModel(NaViLPreTrainedModel):
             growth = config.rope_factor * stretch / config.max_position_embeddings - (config.rope_factor - 1)
             exponents = torch.arange(0, config.head_dim, 2, device=growth.device) / (config.head_dim - 2)
             frequencies = frequencies * growth**-exponents  # (B, 1, E/2)
-        angles = (positions * frequencies).repeat(1, 1, 2)[:, None]  # (B, 1, L, E)
+        angles = (positions * frequencies)[:, None]  # (B, 1, L, E/2)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -432,8 +432,8 @@ def test_bfloat16_angles_are_computed_in_float32():
     positions = torch.tensor([[30001]])
     cos, sin = model.language_model.model._rotary(positions, torch.float32)
     exact = 30001 / 1e6 ** (torch.arange(0, 16, 2, dtype=torch.float64) / 16)
-    assert torch.allclose(cos[0, 0, 0, :8].double(), exact.cos(), atol=4e-3)
-    assert torch.allclose(sin[0, 0, 0, 8:].double(), exact.sin(), atol=4e-3)
+    assert torch.allclose(cos[0, 0, 0].double(), exact.cos(), atol=4e-3)
+    assert torch.allclose(sin[0, 0, 0].double(), exact.sin(), atol=4e-3)
     assert not list(model.buffers())
 
 
