@@ -17,6 +17,14 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 from navil_modules import configuration, image_processing, modeling
 
 
+def resized_scales(processor: image_processing.NaViLImageProcessor, image: Image.Image) -> list[Image.Image]:
+    """A picture at all its scales, by Pillow in one thread: what cannot be spared if the bytes are to be the same."""
+    cell = processor.patch_size * processor.merge_size
+    budget = (processor.min_pixels, processor.max_pixels, processor.scale_downsample_ratio)
+    sizes = image_processing.plan_scales(image.height, image.width, cell, *budget)
+    return [image.resize((width, height), Image.Resampling.BICUBIC) for height, width in sizes]
+
+
 def stock_image_processing(processor: image_processing.NaViLImageProcessor, image: Image.Image) -> np.ndarray:
     """Multi-scale patches of a picture, scale by scale, by transformers' Qwen2-VL helpers."""
     cell = processor.patch_size * processor.merge_size
@@ -29,29 +37,37 @@ def stock_image_processing(processor: image_processing.NaViLImageProcessor, imag
         do_resize=False,
     )
     scales = []
-    for height, width in image_processing.plan_scales(
-        image.height, image.width, cell, processor.min_pixels, processor.max_pixels, processor.scale_downsample_ratio
-    ):
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        padded = Image.new("RGB", (-(-width // cell) * cell, -(-height // cell) * cell))
+    for resized in resized_scales(processor, image):
+        padded = Image.new("RGB", tuple(-(-side // cell) * cell for side in resized.size))
         padded.paste(resized)
         scales.append(stock.preprocess(padded, return_tensors="np")["pixel_values"])
     return np.concatenate(scales)
 
 
-def dense_mask_attention(query: Tensor, key: Tensor, value: Tensor, segments: Any, scaling: float) -> Tensor:
-    """Attention inside segments by one N x N mask over all packed patches; query, key, value and result (N, H, E)."""
+def _dense_inputs(query: Tensor, key: Tensor, value: Tensor, segments: Any) -> tuple[list[Tensor], Tensor]:
+    """(1, H, N, E) query, key and value, and the (N, N) mask of the pairs in one segment."""
     places = torch.arange(len(query), device=query.device)
     segment = torch.searchsorted(segments.offsets, places, right=True)
-    mask = segment[:, None] == segment
-    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)[0].transpose(0, 1)
+    return [x.transpose(0, 1)[None] for x in (query, key, value)], segment[:, None] == segment
+
+
+def dense_mask_fused(query: Tensor, key: Tensor, value: Tensor, segments: Any, scaling: float) -> Tensor:
+    """Attention inside segments by one N x N mask over all packed patches; query, key, value and result (N, H, E)."""
+    heads, mask = _dense_inputs(query, key, value, segments)
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scaling)[0].transpose(0, 1)
+
+
+def dense_mask_equations(query: Tensor, key: Tensor, value: Tensor, segments: Any, scaling: float) -> Tensor:
+    """As `dense_mask_fused`, one equation after the other: weights of every head and pair are held in memory."""
+    (query, key, value), mask = _dense_inputs(query, key, value, segments)
+    weights = (query @ key.transpose(-1, -2) * scaling).masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return (weights @ value)[0].transpose(0, 1)
 
 
 @contextmanager
-def dense_mask() -> Iterator[None]:
-    """Inside, the vision encoder attends by `dense_mask_attention`."""
-    with mock.patch.object(modeling, "segment_attention_function", lambda *_: dense_mask_attention):
+def dense_mask(attend: Callable[..., Tensor] = dense_mask_fused) -> Iterator[None]:
+    """Inside, the vision encoder attends by one mask over all packed patches."""
+    with mock.patch.object(modeling, "segment_attention_function", lambda *_: attend):
         yield
 
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,12 @@ def image_rows(bench: Bench, sizes: Sequence[tuple[int, int]]) -> Iterator[Row]:
         stock = baselines.stock_image_processing(processor, image)
         if np.abs(packed - stock).max() > 1e-5:
             raise RuntimeError("the stock path gives other patches: nothing to compare")
-        yield bench.row(
-            "images",
-            f"{size[0]}x{size[1]}, {len(packed)} patches",
-            lambda image=image: processor(image, return_tensors="pt"),
-            {"Qwen2-VL helpers": lambda image=image: baselines.stock_image_processing(processor, image)},
-        )
+        others = {
+            "Qwen2-VL helpers": lambda image=image: baselines.stock_image_processing(processor, image),
+            "Pillow's resizes alone": lambda image=image: baselines.resized_scales(processor, image),
+        }
+        ours = lambda image=image: processor(image, return_tensors="pt")  # noqa: E731
+        yield bench.row("images", f"{size[0]}x{size[1]}, {len(packed)} patches", ours, others)
 
 
 def vision_rows(bench: Bench, cases: Sequence[tuple[int, tuple[int, int]]]) -> Iterator[Row]:
@@ -163,10 +164,14 @@ def vision_rows(bench: Bench, cases: Sequence[tuple[int, tuple[int, int]]]) -> I
     qwen = baselines.qwen_vision(bench.config, bench.device, bench.dtype)
     for count, size in cases:
         patches, grids = bench.patches(size, count)
-        others = {"Qwen2.5-VL vision": lambda patches=patches, grids=grids: qwen(patches, grids)}
         ours = lambda patches=patches, grids=grids: model.get_image_features(patches, grids)  # noqa: E731
+        others: dict[str, Callable[[], Any]] = {}
         if len(patches) <= 32768:  # for more, the mask alone takes gigabytes
             others["dense mask"] = within(baselines.dense_mask, ours)
+        if len(patches) <= 10_000:  # for more, the weights of all heads do, which Qwen2.5-VL's holds on a CPU too
+            unfused = partial(baselines.dense_mask, baselines.dense_mask_equations)
+            others["dense mask, not fused"] = within(unfused, ours)
+            others["Qwen2.5-VL vision"] = lambda patches=patches, grids=grids: qwen(patches, grids)
         floor = limits.vision_operations(bench.config, grids.tolist()) / bench.matmul_rate
         yield bench.row("vision", f"{count} x {size[0]}x{size[1]}, {len(patches)} patches", ours, others, floor)
 

@@ -48,8 +48,9 @@ def test_baselines_compute_the_same():
     model = modeling.NaViLForConditionalGeneration._from_config(tiny_config()).eval()
     pixels, grids = torch.randn(88, 768), torch.tensor([[1, 4, 6], [1, 8, 8]])
     features = model.get_image_features(pixels, grids)
-    with baselines.dense_mask():
-        assert relative_error(model.get_image_features(pixels, grids), features) < 1e-5
+    for attend in (baselines.dense_mask_fused, baselines.dense_mask_equations):
+        with baselines.dense_mask(attend):
+            assert relative_error(model.get_image_features(pixels, grids), features) < 1e-5
     ids, visual = torch.randint(64, (1, 12)), torch.zeros(1, 12, dtype=torch.bool)
     visual[:, 3:9] = True
     logits = model.language_model(ids, visual_token_mask=visual).logits
