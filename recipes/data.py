@@ -113,6 +113,36 @@ def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
     return batch
 
 
+CELL_STEP = 128
+IMAGE_STEP = 16
+
+
+def filler(rows: Sequence[Sequence[Encoded]], row_length: int, processor: Any) -> Encoded:
+    """A row of one sample without labels that rounds a batch's numbers of visual tokens up, so that shapes come again.
+
+    A blank picture brings the cells to a multiple of CELL_STEP, `<img>` tokens bring these to one of IMAGE_STEP. oneDNN
+    takes milliseconds to prepare a matrix product of a shape that it has not seen, and keeps what it has prepared.
+    """
+    tokenizer, sight = processor.tokenizer, processor.image_processor
+    image_ids = tokenizer.convert_tokens_to_ids([tokenization.IMAGE_START_TOKEN, tokenization.IMAGE_TOKEN])
+    ids = torch.cat([sample.conversation.input_ids for row in rows for sample in row])
+    starts, cells = (int((ids == token_id).sum()) for token_id in image_ids)
+    missing = [-starts % IMAGE_STEP, -cells % CELL_STEP]
+    new_ids = torch.full((max(row_length, sum(missing)),), tokenizer.pad_token_id)
+    new_ids[: sum(missing)] = torch.tensor(image_ids).repeat_interleave(torch.tensor(missing))
+    images = {}
+    if missing[1]:
+        height, width = sight.merge_size, sight.merge_size * missing[1]
+        images = {
+            "pixel_values": torch.zeros(height * width, 3 * sight.patch_size**2),
+            "image_grid_thw": torch.tensor([[1, height, width]]),
+            "num_scales": torch.tensor([1]),
+        }
+    no_labels = torch.full_like(new_ids, processing.IGNORE_INDEX)
+    conversation = processing.Conversation(new_ids, no_labels, images)
+    return Encoded(ALL_TASKS.index(PAGE), 0, conversation, no_labels, torch.zeros(len(new_ids)))
+
+
 class PackedSamples(IterableDataset):
     """An endless stream of packed batches, drawn at the difficulty that the dials show.
 
@@ -121,8 +151,9 @@ class PackedSamples(IterableDataset):
         weights: (tasks,) share of each task in the stream.
         difficulty: (tasks,) shared memory; the training process opens the dials while this one draws.
         first_seed: seed of the first sample; a resumed run starts where the last one stopped.
-        rows, row_length: shape of a batch, in tokens; a longer sample has a longer row of its own.
-        max_patches: patches of a batch; a larger picture comes alone.
+        rows, row_length: shape of a batch, in tokens, beside the row of its `filler`; a longer sample has a longer row
+            of its own.
+        max_patches: patches of a batch, `filler` aside; a larger picture comes alone.
     """
 
     def __init__(
@@ -148,6 +179,8 @@ class PackedSamples(IterableDataset):
         rows: list[list[Encoded]] = []
         for sample in self._samples():
             if not self._place(rows, sample):
+                if any(other.num_patches for row in rows for other in row):
+                    rows.append([filler(rows, self.row_length, self.processor)])
                 yield pack(rows, pad_id)
                 rows = [[sample]]
 

@@ -101,7 +101,10 @@ def test_stream_fills_batches_within_their_limits(processor):
     batches = [next(stream) for _ in range(3)]
     for batch in batches:
         rows, length = batch["input_ids"].shape
-        assert rows <= 3 and length <= 200 and len(batch["pixel_values"]) <= 512
+        assert rows <= 3 + 1 and length == 200 and len(batch["pixel_values"]) == 512
+        image_ids = processor.tokenizer.convert_tokens_to_ids(["<img>", "<IMG_CONTEXT>"])
+        assert [int((batch["input_ids"] == token_id).sum()) for token_id in image_ids] == [16, 128]
+        assert not batch["loss_weight"][-1].any() and (batch["labels"][-1] == processing.IGNORE_INDEX).all()
         assert len(batch["task_index"]) > rows
         assert set(batch["task_index"].tolist()) <= {data.ALL_TASKS.index("text"), data.ALL_TASKS.index("text_only")}
     again = next(iter(data.PackedSamples(processor, weights, difficulty, first_seed=5, **settings)))
@@ -127,20 +130,29 @@ def test_dials_open_with_progress_close_with_failure_and_survive_saving(tmp_path
 
 
 def test_answer_scores(processor):
-    samples = [make_sample("two_turns", 0, 0.3), make_sample("grounding", 0, 0.0)]
+    """Answers right as a whole; descriptions by the token; boxes by the first digits of their numbers alone."""
+    samples = [make_sample("two_turns", 0, 0.3), make_sample("grounding", 0, 0.0), make_sample("describe", 0, 0.0)]
     samples = [data.encode(sample, processor) for sample in samples]
-    assert [sample.num_answers for sample in samples] == [2, 1]
+    assert [sample.num_answers for sample in samples] == [2, 1, 1]
     batch = data.pack([samples], processor.tokenizer.pad_token_id)
-    vocabulary = len(processor.tokenizer)
-    following = torch.roll(batch["labels"], -1, dims=1).clamp(min=0)
-    logits = torch.nn.functional.one_hot(following, vocabulary).float()
     labels, tasks = batch["labels"], batch["task_index"]
-    assert train.answer_scores(logits, labels, tasks).tolist() == [1.0, 1.0, 1.0]
-    for answer in (1, 2):  # its last label predicted wrongly
-        row, last = (data.answer_index(labels) == answer).nonzero()[-1]
-        logits[row, last - 1] = 0
-    wrong = train.answer_scores(logits, labels, tasks)
-    assert wrong[:2].tolist() == [1, 0] and 0.9 < wrong[2] < 1
+    digit_ids = torch.tensor(processor.tokenizer.convert_tokens_to_ids(list("0123456789")))
+    places = [(data.answer_index(labels)[0] == index).nonzero()[:, 0].tolist() for index in range(4)]
+
+    def scores_without(*missed: int) -> list[float]:
+        predicted = torch.nn.functional.one_hot(labels[0, 1:].clamp(min=0), len(processor.tokenizer)).float()
+        predicted[[place - 1 for place in missed]] = 0
+        logits = torch.nn.functional.pad(predicted, (0, 0, 0, 1))[None]
+        return train.answer_scores(logits, labels, tasks, digit_ids).tolist()
+
+    assert scores_without() == [1, 1, 1, 1]
+    wrong = scores_without(*(answer[-1] for answer in places))
+    assert wrong[:3] == [0, 0, 1] and 0.5 < wrong[3] < 1
+    digits = [place for place in places[2] if labels[0, place] in digit_ids]
+    first = [place for place in digits if place - 1 not in digits]
+    assert len(first) == 4 < len(digits)
+    assert scores_without(*(place for place in digits if place not in first))[2] == 1
+    assert all(scores_without(place)[2] == 0 for place in first)
 
 
 def test_answers_weigh_alike_whatever_their_length(processor):
