@@ -133,7 +133,7 @@ def answer_scores(logits: Tensor, labels: Tensor, tasks: Tensor, digit_ids: Tens
     among the first digits of their numbers."""
     labels = labels[:, 1:]
     answer = answer_index(labels)
-    task = torch.where(answer >= 0, tasks[answer], -1)
+    task = F.pad(tasks, (0, 1), value=-1)[answer]  # -1 where there is no answer
     is_digit = torch.isin(labels, digit_ids)
     begins_number = is_digit & ~F.pad(is_digit[:, :-1], (1, 0))
     counted = (task >= 0) & (begins_number | (task != ALL_TASKS.index("grounding")))

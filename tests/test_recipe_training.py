@@ -153,6 +153,8 @@ def test_answer_scores(processor):
     assert len(first) == 4 < len(digits)
     assert scores_without(*(place for place in digits if place not in first))[2] == 1
     assert all(scores_without(place)[2] == 0.75 for place in first)
+    unlabelled = torch.full_like(labels, -100)
+    assert train.answer_scores(torch.zeros(*labels.shape, 9), unlabelled, tasks[:0], digit_ids).tolist() == []
 
 
 def test_answers_weigh_alike_whatever_their_length(processor):
