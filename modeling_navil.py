@@ -255,7 +255,16 @@ SEGMENT_ATTENTION_FUNCTIONS = {
 
 
 def segment_attention_function(implementation: str, query: Tensor) -> Callable:
-    """The function for a config's attention implementation; `sdpa` means torch's best kernel for a query (N, H, E)."""
+    """The function for a config's attention implementation; `sdpa` means torch's best kernel for a query (N, H, E).
+
+    Raises:
+        ValueError: an implementation that the vision encoder does not have; the decoder takes any registered one.
+    """
+    if implementation not in SEGMENT_ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f"the vision encoder's attention is one of {list(SEGMENT_ATTENTION_FUNCTIONS)}, got {implementation!r}; "
+            f"name both parts: attn_implementation={{'vision_config': 'sdpa', 'text_config': {implementation!r}}}"
+        )
     if implementation == "sdpa" and varlen_attn is not None and query.is_cuda:
         is_half = query.dtype in (torch.float16, torch.bfloat16)
         if is_half and query.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0):
@@ -274,7 +283,7 @@ class NaViLVisionAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # (N, H, E) each
-        query, key = (rotate_pairs(heads.float(), cos, sin).to(x.dtype) for heads in (query, key))
+        query, key = (rotate_pairs(heads.float(), cos, sin).to(value.dtype) for heads in (query, key))
         attend = segment_attention_function(self.config._attn_implementation, query)
         return self.proj(attend(query, key, value, segments, self.scaling).flatten(1))
 
@@ -412,7 +421,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         layout = PackedLayout.build(image_grid_thw.tolist(), config, patches.device)
         merge_cells = (-1, config.spatial_merge_size**2)
         x = patches.unflatten(0, merge_cells).index_select(0, layout.entry).flatten(0, 1)
-        x = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))  # (N, D_vision)
+        x = self.patch_embedding(x.to(self.patch_embedding.bias.dtype))  # (N, D_vision); weights may be quantized
         frequencies = rotary_frequencies(config.head_dim // 2, config.rope_theta, x.device)  # (E/4,)
         angles = (layout.positions[..., None] * frequencies).flatten(1)[:, None]  # (N, 1, E/2)
         cos, sin = angles.cos(), angles.sin()
@@ -427,13 +436,15 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         patches = pixel_values.flatten(1)
         if patches.shape[1] != patch_dim:
             raise ValueError(f"pixel_values has {patches.shape[1]} numbers per patch, expected {patch_dim}")
-        if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3 or image_grid_thw.is_floating_point():
+        is_table = image_grid_thw.ndim == 2 and image_grid_thw.shape[1] == 3 and len(image_grid_thw) > 0
+        if not is_table or image_grid_thw.is_floating_point():
             kind = f"{tuple(image_grid_thw.shape)} {image_grid_thw.dtype}"
             raise ValueError(f"image_grid_thw must be (scales, 3) whole numbers, at least one scale; got {kind}")
         grids = image_grid_thw.tolist()
         for grid in grids:
             if min(grid) < 1 or grid[1] % merge or grid[2] % merge:
-                raise ValueError(f"rows and columns of a grid must be positive multiples of {merge}, got {grid}")
+                kind = f"positive, rows and columns multiples of {merge}"
+                raise ValueError(f"frames, rows and columns of a grid must be {kind}; got {grid}")
         num_patches = sum(frames * rows * columns for frames, rows, columns in grids)
         if num_patches != len(patches):
             raise ValueError(f"image_grid_thw describes {num_patches} patches but pixel_values has {len(patches)}")
@@ -513,7 +524,7 @@ class CausalMask:
         implementation: the attention implementation that reads the mask, in every layer.
 
     Raises:
-        ValueError: a mask of another shape or kind.
+        ValueError: a mask of another shape or kind, or what flash-attn cannot do.
     """
 
     def __init__(
@@ -532,6 +543,12 @@ class CausalMask:
         num_keys = len(cache_position) + (past_length or 0)
         if attention_mask is not None and attention_mask.shape[-1] < num_keys:
             raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} keys but there are at least {num_keys}")
+        if implementation == "flash_attention_2":
+            if past_length is None or (attention_mask is not None and attention_mask.ndim == 4):
+                raise ValueError(
+                    "flash_attention_2 takes neither a (B, 1, L, keys) mask, as of packed rows, nor a static cache; "
+                    "attn_implementation='sdpa' takes both"
+                )
         self.attention_mask = attention_mask
         self.cache_position = cache_position
         self.past_length = past_length
@@ -757,6 +774,9 @@ class NaViLTextModel(NaViLPreTrainedModel):
         if visual_token_mask is not None and tuple(visual_token_mask.shape) != batch_shape:
             raise ValueError(f"visual_token_mask is {tuple(visual_token_mask.shape)} but the tokens are {batch_shape}")
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if self.gradient_checkpointing and self.training:
             use_cache = False
         if use_cache and past_key_values is None:
@@ -810,11 +830,17 @@ class NaViLTextModel(NaViLPreTrainedModel):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def num_keys(cache: Cache | None) -> int:
+    """Tokens in a cache. A static cache counts on its device: a host sync."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
 def default_position_ids(attention_mask: Tensor | None, cache_position: Tensor) -> Tensor:
     """(B or 1, L) positions that do not count padding."""
     if attention_mask is None or attention_mask.ndim != 2:
         return cache_position[None]
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -len(cache_position) :]
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return positions[:, cache_position.to(positions.device)]
 
 
 class NaViLForCausalLM(NaViLPreTrainedModel, GenerationMixin):
@@ -936,6 +962,24 @@ TRAINING_STAGES = {
 """The paper's stages and what the names of their trained parameters contain (section 4.2, reference §8)."""
 
 
+def check_slots(num_slots: int, num_visual_tokens: int) -> None:
+    if num_slots != num_visual_tokens:
+        raise ValueError(
+            f"input_ids has {num_slots} <IMG_CONTEXT> tokens but the images give {num_visual_tokens} visual tokens"
+        )
+
+
+def fill_slots(inputs_embeds: Tensor, slots: Tensor, visual_tokens: Tensor) -> Tensor:
+    """Embeddings (B, L, D) with visual tokens (V, D) in their slots, (B, L) bool.
+
+    Raises:
+        ValueError: another number of slots than of visual tokens.
+    """
+    check_slots(int(slots.sum()), len(visual_tokens))
+    visual_tokens = visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+    return inputs_embeds.masked_scatter(slots[..., None].to(inputs_embeds.device), visual_tokens)
+
+
 class TextCandidates(CandidateGenerator):
     """Another generator's candidates for assisted decoding, cut off before an image slot.
 
@@ -951,11 +995,12 @@ class TextCandidates(CandidateGenerator):
 
     def get_candidates(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         candidates, logits = self.generator.get_candidates(input_ids)
-        is_text = (
-            candidates[0, input_ids.shape[1] :] != self.image_token_id
-        )  # one sequence, as all of assisted decoding
+        # One sequence, as in all of assisted decoding.
+        is_text = candidates[0, input_ids.shape[1] :] != self.image_token_id
         num_kept = int(is_text.cumprod(0).sum())
-        return candidates[:, : input_ids.shape[1] + num_kept], None if logits is None else logits[:, :num_kept]
+        if logits is not None:
+            logits = logits[:, :num_kept] if num_kept > 0 else None
+        return candidates[:, : input_ids.shape[1] + num_kept], logits
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         self.generator.update_candidate_strategy(input_ids, scores, num_matches)
@@ -1078,11 +1123,15 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
 
     def get_visual_token_mask(self, input_ids: Tensor) -> Tensor:
         """(B, L) bool: the tokens that run on the visual experts in a pass that carries pixels."""
+        return self._slots(input_ids) | (input_ids == self.config.image_start_token_id)
+
+    def _slots(self, input_ids: Tensor) -> Tensor:
+        """(B, L) bool: where visual tokens go."""
         if self.config.image_token_id is None or self.config.image_start_token_id is None:
             raise ValueError(
                 "config.image_token_id and image_start_token_id are not set: call init_special_token_ids(tokenizer)"
             )
-        return (input_ids == self.config.image_token_id) | (input_ids == self.config.image_start_token_id)
+        return input_ids == self.config.image_token_id
 
     @can_return_tuple
     def forward(
@@ -1111,8 +1160,9 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             pixel_values: (N, 3*p*p) or (N, 3, p, p) patches of all images of the batch.
             image_grid_thw: (S, 3) frames, rows and columns of each scale, in patches.
             num_scales: (images,) how many of the scales belong to each image.
-            visual_token_mask: (B, L) bool tokens for the visual experts; needed only with `inputs_embeds` that hold
-                visual tokens already.
+            visual_token_mask: (B, L) bool tokens for the visual experts. None means every `<IMG_CONTEXT>` and `<img>`
+                of a pass with `pixel_values`, and no token of one without: `inputs_embeds` that hold visual tokens
+                already need a mask. An `<IMG_CONTEXT>` outside it is no slot.
             labels: (B, L) ids or -100. A position that holds `<IMG_CONTEXT>` learns nothing, whatever comes next; for
                 `Trainer`, which counts labels itself, such labels are -100 already in the processor's `training_batch`.
             loss_weight: (B, L) weights of the labels, see `next_token_loss`; they alone decide then what counts.
@@ -1121,22 +1171,19 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             ValueError: another number of `<IMG_CONTEXT>` tokens than of visual tokens (both are named), or inputs
                 that do not fit together.
         """
-        if pixel_values is not None:
-            if input_ids is None or image_grid_thw is None:
-                raise ValueError("pixel_values needs input_ids and image_grid_thw")
-            if num_scales is not None and int(num_scales.sum()) != len(image_grid_thw):
-                raise ValueError(
-                    f"num_scales adds up to {int(num_scales.sum())} but image_grid_thw has {len(image_grid_thw)} scales"
-                )
-            visual_token_mask = self.get_visual_token_mask(input_ids)
-            inputs_embeds = self._embed(input_ids, inputs_embeds, self.get_image_features(pixel_values, image_grid_thw))
-        elif inputs_embeds is None and input_ids is not None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is None and inputs_embeds is not None and (self.training or labels is not None):
+        inputs_embeds, visual_token_mask = self._embed_inputs(
+            input_ids, pixel_values, image_grid_thw, num_scales, inputs_embeds, visual_token_mask
+        )
+        is_training_step = labels is not None or (self.training and torch.is_grad_enabled())
+        if pixel_values is None and is_training_step:
             inputs_embeds = inputs_embeds + self._features_of_no_image(inputs_embeds.device).sum().to(inputs_embeds)
         if labels is not None and loss_weight is None and pixel_values is not None:
             predicts_nothing = F.pad(input_ids[:, :-1] == self.config.image_token_id, (1, 0)).to(labels.device)
             labels = labels.masked_fill(predicts_nothing, IGNORE_INDEX)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -1153,6 +1200,34 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             **kwargs,
         )
 
+    def _embed_inputs(
+        self,
+        input_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        image_grid_thw: Tensor | None,
+        num_scales: Tensor | None,
+        inputs_embeds: Tensor | None,
+        visual_token_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings (B, L, D) with the visual tokens in their slots, and which tokens are visual; see `forward`."""
+        if pixel_values is None:
+            if (input_ids is None) == (inputs_embeds is None):
+                raise ValueError("without pixel_values give exactly one of input_ids and inputs_embeds")
+            return self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds, visual_token_mask
+        if input_ids is None or image_grid_thw is None:
+            raise ValueError("pixel_values needs input_ids and image_grid_thw")
+        if num_scales is not None and int(num_scales.sum()) != len(image_grid_thw):
+            raise ValueError(
+                f"num_scales adds up to {int(num_scales.sum())} but image_grid_thw has {len(image_grid_thw)} scales"
+            )
+        if visual_token_mask is None:
+            visual_token_mask = self.get_visual_token_mask(input_ids)
+        slots = self._slots(input_ids) & visual_token_mask
+        inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        return fill_slots(
+            inputs_embeds, slots, self.get_image_features(pixel_values, image_grid_thw)
+        ), visual_token_mask
+
     def _features_of_no_image(self, device: torch.device) -> Tensor:
         """(0, D) visual tokens, for which a blank cell went through the encoder and the connector.
 
@@ -1162,19 +1237,6 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         merge_size = self.config.vision_config.spatial_merge_size
         patches = torch.zeros(merge_size**2, self.config.vision_config.patch_dim, device=device)
         return self.get_image_features(patches, torch.tensor([[1, merge_size, merge_size]]))[:0]
-
-    def _embed(self, input_ids: Tensor, inputs_embeds: Tensor | None, visual_tokens: Tensor) -> Tensor:
-        """Token embeddings (B, L, D) with the visual tokens in their slots."""
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        slots = input_ids == self.config.image_token_id
-        num_slots = int(slots.sum())
-        if num_slots != len(visual_tokens):
-            raise ValueError(
-                f"input_ids has {num_slots} <IMG_CONTEXT> tokens but the images give {len(visual_tokens)} visual tokens"
-            )
-        visual_tokens = visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(slots[..., None].to(inputs_embeds.device), visual_tokens)
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
@@ -1187,12 +1249,21 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((prompt for prompt in prompts if prompt is not None), None)
         if prompt is not None and prompt.shape[1] > self.config.text_config.context_length:
-            names = ("attention_mask", "image_grid_thw", "num_scales")
+            names = ("attention_mask", "image_grid_thw", "num_scales", "past_key_values")
             self._check_context(prompt, **{name: kwargs.get(name) for name in names})
+        if kwargs.get("pixel_values") is not None and prompt is not None and not prompt.is_floating_point():
+            # Of the prompt alone: generated tokens are text, also where a pass without a cache sees them again.
+            if kwargs.get("visual_token_mask") is None:
+                kwargs["visual_token_mask"] = self.get_visual_token_mask(prompt)
         return super().generate(inputs, *args, **kwargs)
 
     def _check_context(
-        self, prompt: Tensor, attention_mask: Tensor | None, image_grid_thw: Tensor | None, num_scales: Tensor | None
+        self,
+        prompt: Tensor,
+        attention_mask: Tensor | None,
+        image_grid_thw: Tensor | None,
+        num_scales: Tensor | None,
+        past_key_values: Cache | None,
     ) -> None:
         """Raises a ValueError when a row of prompts, (B, L) or (B, L, D), is longer than the context."""
         limit = self.config.text_config.context_length
@@ -1205,7 +1276,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         if image_grid_thw is None or prompt.is_floating_point():
             raise context_error(num_tokens, limit)
         num_scales = torch.ones(len(image_grid_thw), dtype=torch.long) if num_scales is None else num_scales.cpu()
-        is_of_row = (self._row_of_scale(prompt, image_grid_thw) == row).tolist()
+        is_of_row = (self._row_of_scale(prompt[:, num_keys(past_key_values) :], image_grid_thw) == row).tolist()
         images = [grids.tolist() for grids in image_grid_thw.cpu().split(num_scales.tolist())]
         first_scales = (num_scales.cumsum(0) - num_scales).tolist()
         images = [grids for grids, first in zip(images, first_scales, strict=True) if is_of_row[first]]
@@ -1238,7 +1309,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         return inputs
 
     def _has_slots(self, input_ids: Tensor) -> bool:
-        return bool((input_ids == self.config.image_token_id).any())
+        return bool(self._slots(input_ids).any())
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -1263,7 +1334,9 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         """Repeats every prompt `expand_size` times, each with its own images (beams, several return sequences)."""
         packed = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_thw", "num_scales")}
         if expand_size > 1 and packed["pixel_values"] is not None:
-            packed = self._repeat_images(input_ids, expand_size, **packed)
+            new_tokens = input_ids[:, num_keys(model_kwargs.get("past_key_values")) :]
+            if self._has_slots(new_tokens):  # else the cache holds the images already
+                packed = self._repeat_images(new_tokens, expand_size, **packed)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -1287,9 +1360,14 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         }
 
     def _row_of_scale(self, input_ids: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """(S,) which row's slots a scale fills: slots and scales are both in order over the batch."""
-        slots_before = (input_ids == self.config.image_token_id).sum(-1).cumsum(0)  # (B,)
+        """(S,) which row's slots a scale fills: slots and scales are both in order over the batch.
+
+        Raises:
+            ValueError: another number of slots than the scales have visual tokens.
+        """
+        slots_before = self._slots(input_ids).sum(-1).cumsum(0)  # (B,)
         cells_before = (image_grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2).cumsum(0)
+        check_slots(int(slots_before[-1]), int(cells_before[-1]))
         return torch.searchsorted(slots_before, cells_before.to(slots_before.device)).to(image_grid_thw.device)
 
 

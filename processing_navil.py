@@ -155,7 +155,7 @@ class NaViLProcessor(ProcessorMixin):
             `position_ids` (B, L) that start anew. The images' inputs as in `__call__`, if there are any.
 
         Raises:
-            ValueError: an example without messages or answers, an image in an answer, or a conversation of more than
+            ValueError: an example whose messages do not end with an answer, an image in an answer, or more than
                 `row_length` tokens.
         """
         if not examples:
@@ -173,7 +173,7 @@ class NaViLProcessor(ProcessorMixin):
         """One example of a `training_batch`: its ids, its labels and its images' inputs; arguments as there.
 
         Raises:
-            ValueError: an example without messages or answers, or an image in an answer.
+            ValueError: an example whose messages do not end with an answer, or an image in an answer.
         """
         images_kwargs = {**NaViLProcessorKwargs._defaults["images_kwargs"], **images_kwargs}
         messages = example.get("messages") if isinstance(example, dict) else None
@@ -197,8 +197,11 @@ class NaViLProcessor(ProcessorMixin):
     def _split_at_answers(self, messages: Sequence[dict[str, Any]]) -> list[str]:
         """The text of a conversation, cut where an answer begins and behind the token that ends it."""
         answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
-        if not answers or answers[0] == 0 or any(_images_of(messages[index]) for index in answers):
-            raise ValueError(f"training needs a question, then an answer that holds no image; got {messages!r:.200}")
+        is_whole = answers and answers[0] > 0 and answers[-1] == len(messages) - 1
+        if not is_whole or any(_images_of(messages[index]) for index in answers):
+            raise ValueError(
+                f"training needs a question first and an answer last, and no image in answers; got {messages!r:.200}"
+            )
         stretches, written = [], ""
         for index in answers:
             for known, is_prompt in ((messages[:index], True), (messages[: index + 1], False)):
@@ -224,15 +227,20 @@ class NaViLProcessor(ProcessorMixin):
 
 def _check_rows(images: Any, texts: Sequence[str]) -> None:
     """Where images are given as one list per prompt, each prompt has a placeholder for each of its own."""
-    if not (isinstance(images, list | tuple) and len(images) == len(texts)):
+    rows = [isinstance(row, list | tuple) for row in images] if isinstance(images, list | tuple) else []
+    if not any(rows):
         return
-    if all(isinstance(row, list | tuple) for row in images):
-        for index, (row, text) in enumerate(zip(images, texts, strict=True)):
-            if text.count(IMAGE_PLACEHOLDER) != len(row):
-                raise ValueError(
-                    f"prompt {index} has {text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} placeholders "
-                    f"but {len(row)} images were given for it"
-                )
+    if not all(rows) or len(rows) != len(texts):
+        raise ValueError(
+            f"expected one list of images per prompt; {len(texts)} prompts got {sum(rows)} lists"
+            f" and {len(rows) - sum(rows)} single images"
+        )
+    for index, (row, text) in enumerate(zip(images, texts, strict=True)):
+        if text.count(IMAGE_PLACEHOLDER) != len(row):
+            raise ValueError(
+                f"prompt {index} has {text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} placeholders "
+                f"but {len(row)} images were given for it"
+            )
 
 
 def _images_of(message: dict[str, Any]) -> list[Any]:

@@ -112,8 +112,9 @@ def test_image_settings_reach_the_image_processor(recording):
     [
         ([], None, "at least one example"),
         ([[{"role": "user", "content": "Hi"}]], None, "as its `messages`"),
-        ([{"messages": [{"role": "user", "content": "Hi"}]}], None, "needs a question, then an answer"),
-        ([{"messages": [{"role": "assistant", "content": "Hi"}]}], None, "needs a question, then an answer"),
+        ([{"messages": [{"role": "user", "content": "Hi"}]}], None, "a question first and an answer last"),
+        ([{"messages": [{"role": "assistant", "content": "Hi"}]}], None, "a question first and an answer last"),
+        ([{"messages": [*example(("Hi", "a"))["messages"], {"role": "user", "content": "b"}]}], None, "an answer last"),
         ([example(("Hi", "a long answer"))], 4, r"tokens but row_length is 4"),
         ([example(("Hi", "<|im_end|>"))], None, "reserved"),
     ],

@@ -179,8 +179,8 @@ def test_visual_token_mask_with_ready_embeddings_equals_pixels():
     with torch.no_grad():
         expected = model(ids, **images).logits
         features = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
-        embeds = model._embed(ids, None, features)
         mask = model.get_visual_token_mask(ids)
+        embeds = modeling.fill_slots(model.get_input_embeddings()(ids), ids == IMAGE, features)
         assert torch.equal(model(inputs_embeds=embeds, visual_token_mask=mask).logits, expected)
         generated = model.generate(
             inputs_embeds=embeds, visual_token_mask=mask, attention_mask=torch.ones_like(ids), max_new_tokens=5
@@ -258,6 +258,55 @@ def test_eager_equals_sdpa():
     assert not torch.equal(eager, sdpa)  # two different computations
 
 
+def test_attention_of_another_name_is_refused_by_the_vision_encoder():
+    model = with_implementation(build(), "flex")
+    with refused("vision encoder's attention is one of .*'sdpa'.* got 'flex'"):
+        model.get_image_features(torch.zeros(4, 768), torch.tensor([[1, 2, 2]]))
+
+
+@pytest.mark.parametrize(
+    ("attention_mask", "past_length"), [(torch.ones(1, 1, 3, 3, dtype=torch.bool), 0), (None, None)]
+)
+def test_flash_attention_refuses_what_it_cannot_do(attention_mask, past_length):
+    with refused("neither a .* mask, as of packed rows, nor a static cache"):
+        modeling.CausalMask(attention_mask, torch.arange(3), past_length, "flash_attention_2", torch.float32)
+
+
+def test_autocast_gives_vision_attention_one_dtype(monkeypatch):
+    dtypes = []
+
+    def attend(query, key, value, segments, scaling):
+        dtypes.append({query.dtype, key.dtype, value.dtype})
+        return value
+
+    monkeypatch.setitem(modeling.SEGMENT_ATTENTION_FUNCTIONS, "sdpa", attend)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        build().get_image_features(torch.zeros(4, 768), torch.tensor([[1, 2, 2]]))
+    assert dtypes == [{torch.bfloat16}] * 3
+
+
+def test_pixels_survive_a_quantized_patch_embedding():
+    class Int8Linear(nn.Module):
+        """As quantizers leave a linear layer: whole numbers and a scale."""
+
+        def __init__(self, linear: nn.Linear):
+            super().__init__()
+            self.scale = linear.weight.detach().abs().max() / 127
+            weight = (linear.weight.detach() / self.scale).round().to(torch.int8)
+            self.weight, self.bias = nn.Parameter(weight, requires_grad=False), linear.bias
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+    model = build()
+    images = image_inputs((4, 6))
+    with torch.no_grad():
+        expected = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
+        model.vision_model.patch_embedding = Int8Linear(model.vision_model.patch_embedding)
+        quantized = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
+    assert relative_error(quantized, expected) < 0.05
+
+
 def test_output_attentions_are_causal_distributions():
     model = build()
     ids, images = prompt(6), image_inputs((4, 6))
@@ -291,6 +340,16 @@ def test_cached_equals_full_forward(implementation, cache):
             position = torch.arange(start, stop)
             logits.append(model(ids[:, start:stop], past_key_values=past, cache_position=position).logits)
     assert relative_error(torch.cat(logits, dim=1), expected) < 1e-5
+
+
+def test_static_cache_takes_a_mask_as_long_as_itself():
+    model = build()
+    ids = prompt()
+    past = StaticCache(model.config.text_config, max_batch_size=1, max_cache_len=32, dtype=torch.float32)
+    attention_mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 32 - ids.shape[1]))
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert relative_error(model(ids, attention_mask=attention_mask, past_key_values=past).logits, expected) < 1e-5
 
 
 def padded_batch():
@@ -374,12 +433,47 @@ def test_visual_token_mask_without_a_cache():
     assert model.generate(**settings, max_new_tokens=4).shape == (1, 4)
 
 
+def test_an_image_too_many_is_refused_for_beams_too():
+    model = build()
+    ids, images = prompt(6), image_inputs((4, 6), (4, 6))
+    for options in ({}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}):
+        with refused("6 <IMG_CONTEXT> tokens but the images give 12 visual tokens"):
+            model.generate(ids, **images, max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize("generated", [IMAGE, START])
+def test_generated_image_tokens_are_text(generated):
+    model = build()
+    ids, images = prompt(6), image_inputs((4, 6))
+
+    def say_it_twice(ids, scores):
+        return scores.index_fill(1, torch.tensor([generated]), 1e4) if ids.shape[1] < length + 2 else scores
+
+    length = ids.shape[1]
+    settings = {"max_new_tokens": 6, "logits_processor": [say_it_twice]}
+    cached = model.generate(ids, **images, **settings)
+    assert cached[0, length : length + 2].tolist() == [generated] * 2
+    assert torch.equal(model.generate(ids, **images, **settings, use_cache=False), cached)
+
+
 def test_pixels_are_encoded_once_per_generation():
     model = build()
     calls = []
     model.vision_model.register_forward_hook(lambda *_: calls.append(1))
     model.generate(prompt(6), **image_inputs((4, 6)), max_new_tokens=5)
     assert len(calls) == 1
+    model.train()
+    model.generate(prompt(), max_new_tokens=5)
+    assert len(calls) == 1
+
+
+def test_rejected_candidates_leave_no_logits():
+    class Generator:
+        def get_candidates(self, ids):
+            return torch.cat([ids, torch.tensor([[IMAGE, 30]])], dim=1), torch.zeros(1, 2, 200)
+
+    candidates, logits = modeling.TextCandidates(Generator(), IMAGE).get_candidates(torch.tensor([[20, 21]]))
+    assert candidates.tolist() == [[20, 21]] and logits is None
 
 
 def test_logits_to_keep():
@@ -396,9 +490,19 @@ def test_hidden_states_are_in_sequence_order():
     ids, images = prompt(6), image_inputs((4, 6))
     with torch.no_grad():
         outputs = model(ids, **images, output_hidden_states=True)
-        embeds = model._embed(ids, None, model.get_image_features(images["pixel_values"], images["image_grid_thw"]))
+        features = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
+        embeds = modeling.fill_slots(model.get_input_embeddings()(ids), ids == IMAGE, features)
     assert len(outputs.hidden_states) == 3
     assert torch.equal(outputs.hidden_states[0], embeds)
+
+
+def test_outputs_follow_the_config():
+    model = build()
+    model.config.output_hidden_states = model.config.output_attentions = True
+    with torch.no_grad():
+        outputs = model(prompt(6), **image_inputs((4, 6)))
+        assert len(outputs.hidden_states) == 3 and outputs.attentions[1].shape[1] == 4
+        assert model(prompt(6), **image_inputs((4, 6)), output_hidden_states=False).hidden_states is None
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -478,10 +582,12 @@ def test_bad_inputs_are_refused_with_both_numbers():
         model(prompt(7), **images)
     with refused("describes 16 patches but pixel_values has 24"):
         model(prompt(6), pixel_values=images["pixel_values"], image_grid_thw=torch.tensor([[1, 4, 4]]))
-    with refused(r"positive multiples of 2, got \[1, 3, 8\]"):
+    with refused(r"positive, rows and columns multiples of 2; got \[1, 3, 8\]"):
         model(prompt(6), pixel_values=images["pixel_values"], image_grid_thw=torch.tensor([[1, 3, 8]]))
     with refused(r"\(scales, 3\) whole numbers, at least one scale; got \(3,\)"):
         model(prompt(6), pixel_values=images["pixel_values"], image_grid_thw=torch.tensor([1, 4, 6]))
+    with refused(r"\(scales, 3\) whole numbers, at least one scale; got \(0, 3\)"):
+        model(prompt(6), pixel_values=torch.zeros(0, 768), image_grid_thw=torch.zeros(0, 3, dtype=torch.long))
     with refused("700 numbers per patch, expected 768"):
         model(prompt(6), pixel_values=torch.zeros(24, 700), image_grid_thw=images["image_grid_thw"])
     with refused("adds up to 2 but image_grid_thw has 1 scales"):
@@ -500,6 +606,8 @@ def test_bad_inputs_are_refused_with_both_numbers():
         model(torch.ones(1, 20, dtype=torch.long), attention_mask=torch.ones(1, 30))
     with refused("exactly one of input_ids and inputs_embeds"):
         model()
+    with refused("exactly one of input_ids and inputs_embeds"):
+        model(prompt(6), inputs_embeds=torch.zeros(1, 22, 64))
     with refused(r"labels are \(1, 20\) but logits cover \(1, 1\)"):
         ids = torch.ones(1, 20, dtype=torch.long)
         model(ids, labels=ids, logits_to_keep=1)

@@ -97,6 +97,14 @@ def test_refusals(recording):
             "prompt 0 has 1 <image> placeholders but 2 images were given",
             lambda: processor(images=[[image, image], [image]], text=["<image>", "<image><image>"]),
         ),
+        (
+            "one list of images per prompt; 3 prompts got 2 lists and 0 single images",
+            lambda: processor(images=[[image, image], [image]], text=["<image>"] * 3),
+        ),
+        (
+            "one list of images per prompt; 2 prompts got 1 lists and 1 single images",
+            lambda: processor(images=[[image], image], text=["<image>"] * 2),
+        ),
         ("got {'type': 'image_url'}", lambda: ask([{"type": "image_url"}])),
         ("got {'type': 'text'}", lambda: ask([{"type": "text"}])),
         ("got None", lambda: ask(None)),
