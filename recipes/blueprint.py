@@ -78,7 +78,7 @@ def build_config(tokenizer):
             "max_position_embeddings": 8192,
             "tie_word_embeddings": True,
         },
-        min_dynamic_patch=64,
+        min_dynamic_patch=256,
         max_dynamic_patch=1024,
         image_token_id=tokenizer.convert_tokens_to_ids(tokenization.IMAGE_TOKEN),
         image_start_token_id=tokenizer.convert_tokens_to_ids(tokenization.IMAGE_START_TOKEN),

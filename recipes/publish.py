@@ -71,10 +71,10 @@ def publish(checkpoint: Path, destination: Path, count: int) -> None:
         raise ValueError(f"{checkpoint} lacks {', '.join(missing)}")
     model, processor = load(checkpoint)
     state = json.loads((checkpoint / DIALS_FILE).read_text())
-    report = {
-        "full": evaluate.evaluate(model, processor, count),
-        "at dials": evaluate.evaluate(model, processor, count, difficulty=state["difficulty"]),
-    }
+    difficulty = state["difficulty"]
+    full = evaluate.evaluate(model, processor, count)
+    partly_open = [task for task in full if difficulty[task] < 1]
+    report = {"full": full, "at dials": full | evaluate.evaluate(model, processor, count, partly_open, difficulty)}
     destination.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copyfile(checkpoint / name, destination / name)

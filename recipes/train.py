@@ -49,8 +49,8 @@ class Stage:
     decay: float = 0.0  # share of the steps, the last ones, over which the learning rate falls to 0
 
 
-PICTURES = {"text": 0.32, "receipt": 0.18, "chart": 0.12, "scene": 0.05, "grounding": 0.04}
-PICTURES |= {"two_images": 0.06, "two_turns": 0.05, DESCRIBE: 0.17, PAGE: 0.4}
+PICTURES = {"text": 0.32, "receipt": 0.18, "chart": 0.12, "scene": 0.05, "grounding": 0.1}
+PICTURES |= {"two_images": 0.06, "two_turns": 0.05, DESCRIBE: 0.1, PAGE: 0.4}
 WITH_TEXT = PICTURES | {"text_only": 0.1, TEXT_PRETRAINING: 0.05}
 
 STAGES = {
@@ -67,7 +67,7 @@ STAGES = {
 # digits of their four numbers, which place a side within a tenth of the picture. Unlabelled chart values are estimates;
 # half of the answers about shapes can be guessed.
 BY_TOKEN = ("grounding", DESCRIBE)
-OPEN_AT = dict.fromkeys(ALL_TASKS, 0.5) | {"grounding": 0.6, DESCRIBE: 0.65, "chart": 0.45, "text_only": 0.85}
+OPEN_AT = dict.fromkeys(ALL_TASKS, 0.5) | {"grounding": 0.55, DESCRIBE: 0.65, "chart": 0.45, "text_only": 0.85}
 OPEN_AT |= dict.fromkeys(("scene", "two_images", "two_turns"), 0.7)
 
 

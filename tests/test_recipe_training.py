@@ -96,14 +96,14 @@ def test_packed_samples_do_not_see_each_other(model, processor):
 def test_stream_fills_batches_within_their_limits(processor):
     weights = torch.tensor([1.0 if task in ("text", "text_only") else 0.0 for task in data.ALL_TASKS])
     difficulty = torch.zeros(len(data.ALL_TASKS))
-    settings = {"rows": 3, "row_length": 200, "max_patches": 512}
+    settings = {"rows": 3, "row_length": 400, "max_patches": 2048}
     stream = iter(data.PackedSamples(processor, weights, difficulty, first_seed=5, **settings))
     batches = [next(stream) for _ in range(3)]
     for batch in batches:
         rows, length = batch["input_ids"].shape
-        assert rows <= 3 + 1 and length == 200 and len(batch["pixel_values"]) == 512
+        assert rows <= 3 + 1 and length == 400 and len(batch["pixel_values"]) == 2048
         image_ids = processor.tokenizer.convert_tokens_to_ids(["<img>", "<IMG_CONTEXT>"])
-        assert [int((batch["input_ids"] == token_id).sum()) for token_id in image_ids] == [16, 128]
+        assert [int((batch["input_ids"] == token_id).sum()) for token_id in image_ids] == [16, 512]
         assert not batch["loss_weight"][-1].any() and (batch["labels"][-1] == processing.IGNORE_INDEX).all()
         assert len(batch["task_index"]) > rows
         assert set(batch["task_index"].tolist()) <= {data.ALL_TASKS.index("text"), data.ALL_TASKS.index("text_only")}
@@ -167,8 +167,9 @@ def test_answers_weigh_alike_whatever_their_length(processor):
         assert torch.allclose(weight, torch.full_like(weight, len(weight) ** -0.5))
 
 
-def test_cells_are_labelled_with_what_they_show(processor):
+def test_cells_are_labelled_with_what_they_show(processor, monkeypatch):
     """A picture of 5 x 8 cells, and its smaller copy of 4 x 6, in which 32 pixels are 45 of the picture."""
+    monkeypatch.setattr(processor.image_processor, "min_pixels", 128 * 128)
     marks = [Mark("7", (4, 4, 20, 28)), Mark("x", (40, 70, 52, 90)), Mark("red", (128, 0, 256, 160))]
     picture = Picture(Image.new("RGB", (256, 160)), tuple(marks))
     labels, weight = cells.label_cells(picture, processor)
