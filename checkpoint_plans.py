@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import checkpoint_layouts as layouts
 import checkpoint_tokenizers as tokenizers
-from checkpoint_files import DTYPES, TensorPlan, Tensors, preview, read_json
+from checkpoint_files import DTYPES, TensorPlan, Tensors, is_inside, preview, read_json
 from checkpoint_layouts import Rule
 from checkpoint_tokenizers import convert_tokenizer, unreadable
 from navil_modules import configuration, tokenization
@@ -195,7 +195,11 @@ def plan_from_llm(
 
 def sentencepiece_of(source: Path) -> Path | None:
     path = source / tokenizers.SENTENCEPIECE_NAME
-    return path if path.is_file() else None
+    if not path.is_file():
+        return None
+    if not is_inside(path, source):  # it is copied as it is, and may be pushed to the Hub
+        raise ValueError(f"{path} is a link to {path.resolve()}, out of the folder")
+    return path
 
 
 def read_config(source: Path) -> Any:

@@ -52,9 +52,8 @@ def train_on(folder: Path, batches: Sequence[dict[str, Tensor]], name: str) -> t
     schedule = get_wsd_schedule(optimizer, warmup, decay, num_training_steps=len(batches))
     losses, start = [], time.perf_counter()
     for batch in tqdm(batches, desc=name, disable=None):
-        inputs = {key: value for key, value in batch.items() if key != "task_index"}
         with torch.autocast("cpu", torch.bfloat16, enabled=train.bf16_pays("cpu")):
-            loss = model(**inputs, use_cache=False).loss
+            loss = model(**train.model_inputs(batch)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

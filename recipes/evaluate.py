@@ -1,8 +1,9 @@
 """Scores a model on the held-out set, beside baselines that do not see.
 
-    python -m recipes.evaluate tiny --output tiny/evaluation
+    python -m recipes.evaluate tiny --output runs/evaluation
 
-Exact match for answers (case and outer blanks aside), IoU of at least 0.5 for boxes. `majority` always gives a task's
+Exact match for answers (case and outer blanks aside; chart values that are not written on top within 2), IoU of at
+least 0.5 for boxes. `majority` always gives a task's
 most frequent answer; `blind` is the same model given blank images of the same sizes; `one scale` is the model without
 multi-scale packing.
 """
@@ -147,7 +148,7 @@ def as_markdown(report: dict[str, Any]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Score a model on the recipe's held-out set.",
-        epilog="example: python -m recipes.evaluate tiny --count 300 --output tiny/evaluation",
+        epilog="example: python -m recipes.evaluate tiny --count 300 --output runs/evaluation",
     )
     parser.add_argument("model", type=Path, help="model folder")
     parser.add_argument("--count", type=int, default=300, help="samples per task (%(default)s)")
@@ -165,8 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = as_markdown(report)
     print(table)
     if options.output:
-        options.output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-        options.output.with_suffix(".md").write_text(table)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{options.output}.json").write_text(json.dumps(report, indent=2) + "\n")
+        Path(f"{options.output}.md").write_text(table)
     return 0
 
 

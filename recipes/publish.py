@@ -45,14 +45,15 @@ print(model.chat(tokenizer, "picture.png", "What does the text say?"))
 
 ## Held-out results
 
-{count} samples per task at full difficulty; exact match, boxes by IoU of at least 0.5. `majority` always gives the most
-frequent answer, `blind` is this model on blank images of the same sizes, `one scale` is this model without multi-scale
-packing. Command: `python -m recipes.evaluate tiny --count {count}`.
+{count} samples per task at full difficulty; exact match but for case, chart values that are not written on top within
+2, boxes by IoU of at least 0.5. `majority` always gives the most frequent answer, `blind` is this model on blank images
+of the same sizes, `one scale` is this model without multi-scale packing.
+Command: `python -m recipes.evaluate tiny --count {count}`.
 
 {table}
 ## At the difficulty that training had reached
 
-{answers:,} answers given in training after the text stage. How far each task's difficulty dial had opened (1 is the
+{answers:,} answers given in training. How far each task's difficulty dial had opened (1 is the
 full distribution): {dials}.
 The same table at these difficulties, by
 `python -m recipes.evaluate tiny --count {count} --dials tiny/dials.json`:

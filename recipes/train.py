@@ -25,7 +25,7 @@ from torch.utils import benchmark
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, set_seed
 
 from navil_modules import modeling
 
@@ -113,12 +113,15 @@ class Dials:
         self.cell_score += self.SMOOTHING * (share - self.cell_score)
 
     def save(self, folder: Path) -> None:
+        """Writes the file whole or not at all: a checkpoint that has it is complete."""
         state = {
             "num_answers": self.num_answers,
             "difficulty": dict(zip(ALL_TASKS, self.difficulty.tolist(), strict=True)),
             "score": dict(zip(ALL_TASKS, self.score, strict=True)),
         }
-        (folder / DIALS_FILE).write_text(json.dumps(state, indent=2) + "\n")
+        part = folder / f"{DIALS_FILE}.part"
+        part.write_text(json.dumps(state, indent=2) + "\n")
+        part.replace(folder / DIALS_FILE)
 
     def load(self, folder: Path) -> None:
         state = json.loads((folder / DIALS_FILE).read_text())
@@ -190,6 +193,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
+    """What the model takes of a packed batch, the labels of answers and of cells in one."""
+    inputs = {name: x for name, x in batch.items() if name not in ("task_index", "cell_labels")}
+    labels = torch.where(batch["cell_labels"] < 0, batch["labels"], batch["cell_labels"])
+    return inputs | {"labels": labels, "use_cache": False}
+
+
 class PackedTrainer(Trainer):
     """Trainer over `PackedSamples`, which come as whole batches and tell their tasks' progress to the dials."""
 
@@ -212,12 +222,10 @@ class PackedTrainer(Trainer):
         return DataLoader(self.train_dataset, batch_size=None, num_workers=num_workers, prefetch_factor=8)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
-        batch = dict(inputs)
-        tasks, answers, cells = (batch.pop(name) for name in ("task_index", "labels", "cell_labels"))
+        tasks, answers, cells = (inputs[name] for name in ("task_index", "labels", "cell_labels"))
         # Autocast keeps the residual stream in float32 and casts around every layer; one cast of the weights does not.
         weights = {name: parameter.to(self.dtype) for name, parameter in model.named_parameters()}
-        batch |= {"labels": torch.where(cells < 0, answers, cells), "use_cache": False}
-        outputs = torch.func.functional_call(model, weights, kwargs=batch)
+        outputs = torch.func.functional_call(model, weights, kwargs=model_inputs(inputs))
         with torch.no_grad():
             digit_ids = self.digit_ids.to(tasks.device)
             self.dials.record(tasks, answer_scores(outputs.logits, answers, tasks, digit_ids))
@@ -254,7 +262,7 @@ class Progress(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.dials.save(self.folder / f"checkpoint-{state.global_step}")
+        self.dials.save(self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def copy_text_experts(model: nn.Module) -> None:
@@ -329,14 +337,23 @@ ALL_ATTENTION_FUNCTIONS[PLAIN_ATTENTION] = torch.compiler.disable(modeling.decod
 modeling.SEGMENT_ATTENTION_FUNCTIONS[PLAIN_ATTENTION] = segment_attention_plain
 
 
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint; one whose saving was cut off, which ends with the dials, is removed."""
+    for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not (checkpoint / DIALS_FILE).is_file():
+            shutil.rmtree(checkpoint)
+    checkpoint = get_last_checkpoint(str(folder))
+    return None if checkpoint is None else Path(checkpoint)
+
+
 def run_stage(
     name: str, folder: Path, start: Path, steps: int, deadline: float | None, save_steps: int, compiled: bool = False
 ) -> bool:
     """Trains one stage from the model folder `start`, or from the stage's own last checkpoint; True when complete."""
     stage = STAGES[name]
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = get_last_checkpoint(str(folder))
-    source = Path(checkpoint) if checkpoint else start
+    checkpoint = last_checkpoint(folder)
+    source = checkpoint or start
     dials = Dials()
     if (source / DIALS_FILE).is_file():  # an untrained model has none
         dials.load(source)
@@ -358,9 +375,9 @@ def run_stage(
         dtype=torch.bfloat16 if bf16_pays("cuda" if on_gpu else "cpu") else torch.float32,
         callbacks=[Progress(dials, folder, deadline)],
     )
-    steps_done = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    steps_done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if steps_done < steps:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         steps_done = trainer.state.global_step
     if steps_done >= steps:
         finish(trainer, dials, folder)

@@ -99,4 +99,5 @@ if __name__ == "__main__":
     outcome = {"train": train, "tensor_parallel": tensor_parallel}[task](folder, torch.load(inputs))
     if dist.get_rank() == 0:
         torch.save(outcome, output)
+    dist.barrier()  # neither process takes its connections down while the other still works
     dist.destroy_process_group()

@@ -272,6 +272,16 @@ def test_index_must_be_an_index(source, tmp_path, capsys, weight_map):
     assert "has no weight_map of file names" in capsys.readouterr().err
 
 
+def test_tokenizer_cannot_lead_out_of_the_folder(source, tmp_path, capsys):
+    secret = tmp_path / "secret"
+    secret.write_text("not to be published")
+    (source / "tokenizer.model").unlink(missing_ok=True)
+    (source / "tokenizer.model").symlink_to(secret)
+    assert convert(source, tmp_path / "out") == 1
+    assert str(secret) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_links_inside_the_folder_and_of_a_hub_cache_are_followed(source, expected, tmp_path):
     (source / "part-0.safetensors").rename(source / "real")
     (source / "part-0.safetensors").symlink_to("real")

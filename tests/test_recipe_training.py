@@ -260,6 +260,9 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(data.PackedSamples.__init__, "__defaults__", (0, 1, 64, 256))  # small batches
     assert train.main(["--runs", runs, "--minutes", "0", "--save-steps", "1", *lengths]) == 0
     assert (tmp_path / "runs" / "text" / "checkpoint-1" / "dials.json").is_file()
+    cut_off = tmp_path / "runs" / "text" / "checkpoint-2"  # killed while it was being saved
+    cut_off.mkdir()
+    (cut_off / "model.safetensors").write_bytes(b"half")
     assert train.main(["--runs", runs, "--save-steps", "20", *lengths]) == 0
     final = tmp_path / "runs" / "s2" / "final"
     assert {"model.safetensors", "modeling_navil.py", "tokenizer.json", "dials.json"} <= {
