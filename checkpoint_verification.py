@@ -201,7 +201,10 @@ def compare(
 ) -> Iterator[Finding]:
     """The folder's tensors and logits beside its source's."""
     source = Source.read(against, config, allow_pickle)
-    yield compare_tensors(tensors, source.expected)
+    compared = compare_tensors(tensors, source.expected)
+    yield compared
+    if not compared.is_ok:
+        return
     model = source.load()
     for name, inputs in probe.inputs(model).items():
         expected = run(model, inputs)
@@ -215,9 +218,16 @@ def compare(
 
 
 def compare_tensors(tensors: Tensors, expected: dict[str, Callable[[], Tensor]]) -> Finding:
+    """How many tensors are the source's; fails where they cannot be compared, the models being of other sizes."""
+    missing = expected.keys() - tensors.shapes.keys()
+    if missing:
+        return finding("tensors", "", missing=missing)
     worst, error, equal = "", 0.0, 0
     for name in tqdm(expected, unit="tensor", desc="comparing", disable=None):
         actual, wanted = tensors[name], expected[name]()
+        if actual.shape != wanted.shape:
+            text = f"{name} is {tuple(actual.shape)}, in the source {tuple(wanted.shape)}"
+            return Finding("tensors", text, is_ok=False)
         if torch.equal(actual, wanted.to(actual.dtype)):
             equal += 1
         else:
@@ -225,7 +235,9 @@ def compare_tensors(tensors: Tensors, expected: dict[str, Callable[[], Tensor]])
             difference = ((actual.double() - wanted.double()).abs().max() / scale).item()
             worst, error = (name, difference) if difference >= error else (worst, error)
     text = f"{equal} of {len(expected)} as converted from the source"
-    return Finding("tensors", f"{text}; {worst} differs most, by {error:.1e} of its largest number" if worst else text)
+    if worst:
+        text += f"; {worst} differs most, by {error:.1e} of its largest number"
+    return Finding("tensors", text)
 
 
 @dataclass

@@ -34,8 +34,9 @@ def load_conversations(path: Path) -> list[dict[str, Any]]:
     for example in examples:
         parts = [part for message in example["messages"] for part in message["content"] if isinstance(part, dict)]
         for part in parts:
-            if "path" in part:
-                part["path"] = str(path.parent / part["path"])
+            for key in ("path", "image"):
+                if key in part and not part[key].startswith(("http://", "https://", "data:")):
+                    part[key] = str(path.parent / part[key])
     return examples
 
 

@@ -354,6 +354,7 @@ def run_stage(
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = last_checkpoint(folder)
     source = checkpoint or start
+    print(f"{name}: from {source}")
     dials = Dials()
     if (source / DIALS_FILE).is_file():  # an untrained model has none
         dials.load(source)
@@ -444,6 +445,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     options.runs.mkdir(parents=True, exist_ok=True)
     stages = list(STAGES) if options.init is None else ["s2"]
+    if options.init is not None and (options.runs / "s2" / "final").is_dir():
+        raise ValueError(
+            f"{options.runs / 's2'} is trained already: another --runs is needed to go on from {options.init}"
+        )
     start = options.init or build_start(options.runs)
     for name in stages:
         folder = options.runs / name

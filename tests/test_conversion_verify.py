@@ -88,6 +88,18 @@ def test_another_model_is_not_the_source(folder, tmp_path, capsys):
     assert code == 0
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [({"hidden_size": 128}, "in the source"), ({"num_hidden_layers": 3}, "missing: language_model.model.layers.2")],
+)
+def test_a_source_of_another_size_is_named(tmp_path, capsys, sizes, message):
+    write_llm(tmp_path / "llm", model_type="qwen3", head_dim=16, vocab_size=330)
+    write_llm(tmp_path / "other", model_type="qwen3", head_dim=16, vocab_size=330, **sizes)
+    folder = grow(tmp_path / "llm", tmp_path / "navil")
+    code, lines = report(capsys, folder, "--against", tmp_path / "other")
+    assert code == 1 and lines["tensors"].startswith("FAILED") and message in lines["tensors"]
+
+
 NAME = "connector.fc1.weight"
 
 

@@ -280,6 +280,15 @@ def test_example_teaches_its_answers(recordings, conversations, tmp_path):
     assert finetune.main([*options, "--row-length", "4"]) == 1
 
 
+def test_picture_names_are_taken_from_beside_their_file(tmp_path):
+    parts = [{"type": "image", key: name} for key, name in (("path", "a.png"), ("image", "b.png"), ("image", "data:,"))]
+    conversation = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Three."}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(conversation))
+    [example] = finetune.load_conversations(tmp_path / "data.jsonl")
+    names = [part.get("path", part.get("image")) for part in example["messages"][0]["content"]]
+    assert names == [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "data:,"]
+
+
 def test_lora_without_peft_says_what_to_install(monkeypatch, recording):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="pip install peft"):

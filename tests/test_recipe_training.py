@@ -279,6 +279,8 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     assert "| text |" in (tmp_path / "published" / "README.md").read_text()
     more = ["--runs", str(tmp_path / "more"), "--init", str(tmp_path / "published"), "--steps", "s2=2"]
     assert train.main(more) == 0  # training goes on from what was published
+    with pytest.raises(ValueError, match="trained already"):
+        train.main(more)
     dials = json.loads((tmp_path / "more" / "s2" / "final" / "dials.json").read_text())
     assert dials["num_answers"] > json.loads((tmp_path / "published" / "dials.json").read_text())["num_answers"]
     with pytest.raises(ValueError, match="'s3=1'"):
