@@ -2,7 +2,8 @@
 
 An answer of a few characters says little about a picture of hundreds of patches. The program that draws knows what
 stands where, so every visual token has a label as well: a character in its cell, the colour or kind of a shape there,
-or that the cell is empty. It is predicted where an LLM predicts the next token, by the same output layer.
+or that the cell is empty. An empty cell beside shapes is labelled as on a chessboard, by its column or its row, which
+boxes are made of. It is predicted where an LLM predicts the next token, by the same output layer.
 """
 
 from math import ceil
@@ -17,8 +18,10 @@ from navil_modules import image_processing, processing
 from .drawing import Mark, Picture
 
 EMPTY = " "
+COLUMNS, ROWS = "0123456789", "ABCDEFGHIJ"  # tenths of a picture's width and height
 CELL_WEIGHT = 0.5  # of a picture's cells, against an answer of as many tokens
 EMPTY_WEIGHT = 0.1  # of the empty ones: they are many and easy
+PLACE_WEIGHT = 0.3  # of those that are asked where they are
 
 
 def label_cells(picture: Picture, processor: Any) -> tuple[Tensor, Tensor]:
@@ -37,7 +40,13 @@ def label_cells(picture: Picture, processor: Any) -> tuple[Tensor, Tensor]:
     ids = [token_of(mark.text, processor.tokenizer) for mark in picture.marks]
     labels = torch.tensor([*ids, token_of(EMPTY, processor.tokenizer)])[chosen]  # -1, no mark, is the last
     is_empty = torch.from_numpy(chosen < 0)
-    weight = torch.where(is_empty, EMPTY_WEIGHT / is_empty.sum() ** 0.5, (~is_empty).sum() ** -0.5)
+    shows_shapes = any(len(mark.text) > 1 for mark in picture.marks)
+    if shows_shapes:
+        names = torch.tensor([token_of(name, processor.tokenizer) for name in COLUMNS + ROWS])
+        places = np.concatenate([choose_places(scale, cell) for scale in scales])
+        labels = torch.where(is_empty, names[places], labels)
+    empty_weight = PLACE_WEIGHT if shows_shapes else EMPTY_WEIGHT
+    weight = torch.where(is_empty, empty_weight / is_empty.sum() ** 0.5, (~is_empty).sum() ** -0.5)
     return labels, CELL_WEIGHT * weight
 
 
@@ -60,6 +69,15 @@ def choose_marks(marks: tuple[Mark, ...], size: tuple[int, int], scale: tuple[in
     seed = int(1000 * np.abs(boxes).sum())
     picked = np.random.default_rng(seed).random(shown.shape) * shown
     return np.where(shown.any(-1), picked.argmax(-1), -1).ravel()
+
+
+def choose_places(scale: tuple[int, int], cell: int) -> np.ndarray:
+    """(cells,) index into COLUMNS + ROWS, row by row: one or the other, any, of where the cell's middle is."""
+    rows, columns = (np.arange(ceil(side / cell)) for side in scale)
+    in_row, in_column = (((axis + 0.5) / len(axis) * 10).astype(int) for axis in (rows, columns))
+    shape = (len(rows), len(columns))
+    names_row = np.random.default_rng(sum(scale)).random(shape) < 0.5
+    return np.where(names_row, len(COLUMNS) + in_row[:, None], in_column).ravel()
 
 
 def _along(start: np.ndarray, end: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

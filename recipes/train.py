@@ -49,9 +49,9 @@ class Stage:
     decay: float = 0.0  # share of the steps, the last ones, over which the learning rate falls to 0
 
 
-PICTURES = {"text": 0.32, "receipt": 0.18, "chart": 0.12, "scene": 0.05, "grounding": 0.1}
-PICTURES |= {"two_images": 0.06, "two_turns": 0.05, DESCRIBE: 0.1, PAGE: 0.4}
-WITH_TEXT = PICTURES | {"text_only": 0.1, TEXT_PRETRAINING: 0.05}
+PICTURES = {"text": 0.28, "receipt": 0.18, "chart": 0.12, "scene": 0.1, "grounding": 0.18}
+PICTURES |= {"two_images": 0.08, "two_turns": 0.08, DESCRIBE: 0.06, PAGE: 0.3}
+WITH_TEXT = PICTURES | {"text_only": 0.05, TEXT_PRETRAINING: 0.05}
 
 STAGES = {
     # The base LLM: formats, arithmetic and copying, from text alone.

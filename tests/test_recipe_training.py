@@ -170,18 +170,31 @@ def test_answers_weigh_alike_whatever_their_length(processor):
 def test_cells_are_labelled_with_what_they_show(processor, monkeypatch):
     """A picture of 5 x 8 cells, and its smaller copy of 4 x 6, in which 32 pixels are 45 of the picture."""
     monkeypatch.setattr(processor.image_processor, "min_pixels", 128 * 128)
-    marks = [Mark("7", (4, 4, 20, 28)), Mark("x", (40, 70, 52, 90)), Mark("red", (128, 0, 256, 160))]
+    marks = [Mark("7", (4, 4, 20, 28)), Mark("x", (40, 70, 52, 90)), Mark("M", (128, 0, 256, 160))]
     picture = Picture(Image.new("RGB", (256, 160)), tuple(marks))
     labels, weight = cells.label_cells(picture, processor)
     tokens = processor.tokenizer.convert_ids_to_tokens(labels)
     assert len(tokens) == len(weight) == 4 * 6 + 5 * 8
     small, large = np.array(tokens[:24]).reshape(4, 6), np.array(tokens[24:]).reshape(5, 8)
     expected = np.full((5, 8), "Ġ", dtype=object)
-    expected[0, 0], expected[2, 1], expected[:, 4:] = "7", "x", "Ġred"
+    expected[0, 0], expected[2, 1], expected[:, 4:] = "7", "x", "M"
     assert (large == expected).all()
-    assert small[0, 0] == "7" and small[1, 1] == "x" and (small[:, 3:] == "Ġred").all()
+    assert small[0, 0] == "7" and small[1, 1] == "x" and (small[:, 3:] == "M").all()
     is_empty = labels == cells.token_of(cells.EMPTY, processor.tokenizer)
     assert weight[is_empty].max() < weight[~is_empty].min()
+
+
+def test_empty_cells_beside_shapes_are_labelled_with_their_tenth_of_the_width_or_height(processor):
+    """A picture of 5 x 20 cells: half a tenth of its width is a cell, two tenths of its height are."""
+    picture = Picture(Image.new("RGB", (640, 160)), (Mark("red", (0, 0, 320, 160)),))
+    labels, weight = cells.label_cells(picture, processor)
+    large = np.array(processor.tokenizer.convert_ids_to_tokens(labels[-100:])).reshape(5, 20)
+    assert (large[:, :10] == "Ġred").all()
+    for row, column in np.ndindex(5, 10):
+        assert large[row, 10 + column] in (str(5 + column // 2), "BDFHJ"[row])
+    assert {str(digit) for digit in range(5, 10)} | set("BDFHJ") == set(large[:, 10:].ravel())
+    is_marked = labels == cells.token_of("red", processor.tokenizer)
+    assert 0 < weight[~is_marked].max() < weight[is_marked].min()
 
 
 def test_cells_of_a_picture_without_marks_are_not_labelled(processor):
