@@ -1,15 +1,14 @@
 """What a conversion costs beside a plain copy of the same files: time, and memory above an interpreter with torch.
 
-python benchmarks/conversion_cost.py weights/random-2b --runs 3
+python -m benchmarks.conversion_cost weights/random-2b --runs 5
 
-Copy and conversion take turns, each in a process of its own. The copy is what `cp -r` does, followed by `sync` as the
-conversion syncs its files too.
+Copy and conversion take turns, each in a process of its own, the one first in every other run. The copy is what `cp -r`
+does, followed by `sync` as the conversion syncs its files too.
 """
 
 import argparse
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from .timing import median_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,18 +51,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch_memory = measure(sys.executable, "-c", "import torch").memory
     print(f"interpreter with torch: {torch_memory:.0f} MB")
-    copies, conversions = [], []
+    copies: list[Cost] = []
+    conversions: list[Cost] = []
     with tempfile.TemporaryDirectory(dir=options.source.resolve().parent) as scratch:
         copy, converted = Path(scratch) / "copy", Path(scratch) / "converted"
         for run in range(options.runs):
-            copies.append(measure("sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(options.source), str(copy)))
-            shutil.rmtree(copy)
-            converter = (sys.executable, str(ROOT / "convert_checkpoint.py"))
-            conversions.append(measure(*converter, "official", str(options.source), str(converted)))
-            shutil.rmtree(converted)
+            steps = [
+                ("sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(options.source), str(copy)),
+                (sys.executable, str(ROOT / "convert_checkpoint.py"), "official", str(options.source), str(converted)),
+            ]
+            costs = {}
+            for command in steps if run % 2 == 0 else reversed(steps):
+                costs[command[-1]] = measure(*command)
+                shutil.rmtree(command[-1])
+            copies.append(costs[str(copy)])
+            conversions.append(costs[str(converted)])
             print(f"run {run}: copy {show(copies[-1])}; conversion {show(conversions[-1])}", flush=True)
-    before, after = (statistics.median(cost.wall for cost in costs) for costs in (copies, conversions))
-    print(f"median: copy {before:.1f} s, conversion {after:.1f} s, ratio {after / before:.2f}")
+    ratio = median_ratio([cost.wall for cost in conversions], [cost.wall for cost in copies])
+    print(f"conversion took {ratio:.2f} times as long (median of {options.runs} pairs)")
     memory = max(cost.memory for cost in conversions) - torch_memory
     print(f"peak memory above the interpreter with torch: {memory:.0f} MB")
     return 0

@@ -200,8 +200,10 @@ def make_backdrop(rng: random.Random, level: float, size: tuple[int, int]) -> Ba
     return Backdrop(Image.new("RGB", size, color), (color,))
 
 
-def paint_patch(rng: random.Random, backdrop: Backdrop, box: Box) -> None:
-    radius = rng.choice((0, 0, min(box[2] - box[0], box[3] - box[1]) // 6))
+def paint_patch(rng: random.Random, backdrop: Backdrop, box: Box, inset: int) -> None:
+    """Paints the box, its corners sharp or rounded; what is `inset` pixels inside it is all on the patch."""
+    most = int(inset / (1 - math.sqrt(0.5)))  # a rounder corner would cut the corner of the content off
+    radius = rng.choice((0, 0, min(most, min(box[2] - box[0], box[3] - box[1]) // 6)))
     inclusive = (box[0], box[1], box[2] - 1, box[3] - 1)
     ImageDraw.Draw(backdrop.image).rounded_rectangle(inclusive, radius, fill=backdrop.tones[0])
 
@@ -383,8 +385,9 @@ def draw_lines(
     )
     if backdrop.needs_patch:
         pad = round(lettering.size * rng.uniform(0.15, 0.6))
-        right, bottom = left + mask.width + pad, top + mask.height + pad
-        paint_patch(rng, backdrop, (max(0, left - pad), max(0, top - pad), min(size[0], right), min(size[1], bottom)))
+        right, bottom = left + mask.width, top + mask.height
+        patch = (max(0, left - pad), max(0, top - pad), min(size[0], right + pad), min(size[1], bottom + pad))
+        paint_patch(rng, backdrop, patch, min(left - patch[0], top - patch[1], patch[2] - right, patch[3] - bottom))
     backdrop.image.paste(text_color(rng, level, backdrop.tones), (left, top), mask)
     return Picture(backdrop.image, shifted(marks, left, top))
 
@@ -451,15 +454,12 @@ def shape_area(rng: random.Random, backdrop: Backdrop) -> Box:
     width, height = backdrop.image.size
     if not backdrop.needs_patch:
         return 0, 0, width, height
-    insets = [rng.uniform(0.02, 0.15) for _ in range(4)]
-    box = (
-        round(width * insets[0]),
-        round(height * insets[1]),
-        round(width * (1 - insets[2])),
-        round(height * (1 - insets[3])),
-    )
-    paint_patch(rng, backdrop, box)
-    return box
+    margins = [rng.uniform(0.02, 0.12) for _ in range(4)]
+    left, top = round(width * margins[0]), round(height * margins[1])
+    right, bottom = round(width * (1 - margins[2])), round(height * (1 - margins[3]))
+    inset = min(width, height) // 32
+    paint_patch(rng, backdrop, (left, top, right, bottom), inset)
+    return left + inset, top + inset, right - inset, bottom - inset
 
 
 def place_box(rng: random.Random, level: float, kind: str, area: Box, taken: list[Box]) -> Box | None:

@@ -386,6 +386,17 @@ def test_easy_grounding_answers_are_the_boxes_of_the_ink():
     assert checked >= 3
 
 
+@pytest.mark.parametrize("inset", [0, 1, 2, 5, 12])
+def test_no_corner_of_what_is_on_a_patch_is_left_on_the_photograph(inset):
+    patch, tone = (7, 5, 93, 74), (250, 240, 10)
+    for seed in range(12):
+        backdrop = drawing.Backdrop(Image.new("RGB", (100, 80), "navy"), (tone,), needs_patch=True)
+        drawing.paint_patch(random.Random(seed), backdrop, patch, inset)
+        inside = backdrop.image.crop((patch[0] + inset, patch[1] + inset, patch[2] - inset, patch[3] - inset))
+        assert inside.getcolors() == [(inside.width * inside.height, tone)]
+        assert backdrop.image.getpixel((3, 40)) != tone
+
+
 @pytest.mark.parametrize("draw", [drawing.draw_chart, drawing.draw_chart_with_matplotlib])
 def test_bars_are_as_high_as_their_values(draw):
     for seed in range(10):
