@@ -51,7 +51,7 @@ class Stage:
 
 PICTURES = {"text": 0.28, "receipt": 0.18, "chart": 0.12, "scene": 0.1, "grounding": 0.18}
 PICTURES |= {"two_images": 0.08, "two_turns": 0.08, DESCRIBE: 0.06, PAGE: 0.3}
-WITH_TEXT = PICTURES | {"text_only": 0.05, TEXT_PRETRAINING: 0.05}
+WITH_TEXT = PICTURES | {"text_only": 0.1, TEXT_PRETRAINING: 0.05}
 
 STAGES = {
     # The base LLM: formats, arithmetic and copying, from text alone.
