@@ -2,8 +2,10 @@
 
 An answer of a few characters says little about a picture of hundreds of patches. The program that draws knows what
 stands where, so every visual token has a label as well: a character in its cell, the colour or kind of a shape there,
-or that the cell is empty. An empty cell beside shapes is labelled as on a chessboard, by its column or its row, which
-boxes are made of. It is predicted where an LLM predicts the next token, by the same output layer.
+or that the cell is empty; or what questions look for and answers take from there: the thing on a receipt's line, the
+letter and the tens of a chart's column, the sides of a shape. An empty cell beside shapes is labelled as on a
+chessboard, by its column or its row, which boxes are made of. A label is predicted where an LLM predicts the next
+token, by the same output layer.
 """
 
 from math import ceil
@@ -19,6 +21,8 @@ from .drawing import Mark, Picture
 
 EMPTY = " "
 COLUMNS, ROWS = "0123456789", "ABCDEFGHIJ"  # tenths of a picture's width and height
+SIDES = (COLUMNS, ROWS, "abcdefghij", "KLMNOPQRST")  # tenths where a shape's left, upper, right and lower side is
+AREA_SHARE = 0.4  # of the cells that show something: labelled with what they belong to instead
 CELL_WEIGHT = 0.5  # of a picture's cells, against an answer of as many tokens
 EMPTY_WEIGHT = 0.1  # of the empty ones: they are many and easy
 PLACE_WEIGHT = 0.3  # of those that are asked where they are
@@ -27,17 +31,25 @@ PLACE_WEIGHT = 0.3  # of those that are asked where they are
 def label_cells(picture: Picture, processor: Any) -> tuple[Tensor, Tensor]:
     """Ids and weights (cells,) of what the merged cells of all scales show, in the order of the visual tokens.
 
-    Where several marks are in one cell, its label is one of them, any. Of a picture without marks all labels are -100.
+    Where several marks are in one cell, its label is one of them, any, or of the areas around it. Of a picture without
+    marks all labels are -100.
     """
     sight = processor.image_processor
     cell = sight.patch_size * sight.merge_size
     width, height = picture.image.size
     budget = (sight.min_pixels, sight.max_pixels, sight.scale_downsample_ratio)
     scales = image_processing.plan_scales(height, width, cell, *budget)
-    chosen = np.concatenate([choose_marks(picture.marks, (height, width), scale, cell) for scale in scales])
+    areas = (*picture.areas, *side_areas(picture))
+    shown, around = (
+        np.concatenate([choose_marks(marks, (height, width), scale, cell) for scale in scales])
+        for marks in (picture.marks, areas)
+    )
     if not picture.marks:
-        return torch.full((len(chosen),), processing.IGNORE_INDEX), torch.zeros(len(chosen))
-    ids = [token_of(mark.text, processor.tokenizer) for mark in picture.marks]
+        return torch.full((len(shown),), processing.IGNORE_INDEX), torch.zeros(len(shown))
+    seed = int(np.abs([mark.box for mark in picture.marks]).sum())
+    by_area = (around >= 0) & ((shown < 0) | (np.random.default_rng(seed).random(len(shown)) < AREA_SHARE))
+    chosen = np.where(by_area, len(picture.marks) + around, shown)
+    ids = [token_of(mark.text, processor.tokenizer) for mark in (*picture.marks, *areas)]
     labels = torch.tensor([*ids, token_of(EMPTY, processor.tokenizer)])[chosen]  # -1, no mark, is the last
     is_empty = torch.from_numpy(chosen < 0)
     shows_shapes = any(len(mark.text) > 1 for mark in picture.marks)
@@ -48,6 +60,17 @@ def label_cells(picture: Picture, processor: Any) -> tuple[Tensor, Tensor]:
     empty_weight = PLACE_WEIGHT if shows_shapes else EMPTY_WEIGHT
     weight = torch.where(is_empty, empty_weight / is_empty.sum() ** 0.5, (~is_empty).sum() ** -0.5)
     return labels, CELL_WEIGHT * weight
+
+
+def side_areas(picture: Picture) -> list[Mark]:
+    """Four for each shape of the picture, all of its size: in which tenth of the picture each of its sides is."""
+    size = 2 * picture.image.size
+    boxes = {mark.box for mark in picture.marks if len(mark.text) > 1}
+    return [
+        Mark(tenths[min(9, int(10 * side / length))], box)
+        for box in sorted(boxes)
+        for tenths, side, length in zip(SIDES, box, size, strict=True)
+    ]
 
 
 def choose_marks(marks: tuple[Mark, ...], size: tuple[int, int], scale: tuple[int, int], cell: int) -> np.ndarray:

@@ -7,7 +7,7 @@ difficulty of one picture: every range here is narrow at 0 and has its full widt
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -62,7 +62,10 @@ _FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
 class Mark(NamedTuple):
-    """What a picture shows in one place: a character, or a word for a shape there (its colour, its kind)."""
+    """What a picture shows in one place: a character, or a word for a shape there (its colour, its kind).
+
+    Of an area: what it belongs to, the thing on a receipt's line or the letter of a chart's column.
+    """
 
     text: str
     box: tuple[float, float, float, float]
@@ -73,6 +76,7 @@ class Picture(NamedTuple):
 
     image: Image.Image
     marks: tuple[Mark, ...] = ()
+    areas: tuple[Mark, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------------- dial
@@ -346,10 +350,11 @@ def shifted(marks: Iterable[Mark], x: float, y: float) -> tuple[Mark, ...]:
     return tuple(Mark(text, (box[0] + x, box[1] + y, box[2] + x, box[3] + y)) for text, box in marks)
 
 
-def text_mask(lines: list[str], lettering: Lettering, column_gap: float = 0.0) -> Picture:
+def text_mask(lines: list[str], lettering: Lettering, column_gap: float = 0.0, names: Sequence[str] = ()) -> Picture:
     """The lines in white on black ("L"), cut to their ink.
 
-    With `column_gap` (pixels), the last word of each line goes into a second, right-aligned column.
+    With `column_gap` (pixels), the last word of each line goes into a second, right-aligned column. `names`, one for
+    each line, are what the lines' areas belong to.
     """
     font = load_font(lettering.font, lettering.size)
     wide, high = text_extent(lines, lettering.font)
@@ -357,26 +362,34 @@ def text_mask(lines: list[str], lettering: Lettering, column_gap: float = 0.0) -
     pad = lettering.size // 2  # glyphs may reach beyond their advance width
     mask = Image.new("L", (width + 2 * pad, math.ceil(high * lettering.size) + 2 * pad))
     draw = ImageDraw.Draw(mask)
+    pitch = 1.25 * lettering.size
+    areas = [Mark(name, (pad, pad + pitch * i, pad + width, pad + pitch * (i + 1))) for i, name in enumerate(names)]
     marks: list[Mark] = []
     for index, line in enumerate(lines):
-        top = pad + 1.25 * lettering.size * index
+        top = pad + pitch * index
         if column_gap:
             line, price = line.rsplit(" ", 1)
             marks += write(draw, (pad + width, top), price, 255, font, "ra")
         marks += write(draw, (pad, top), line, 255, font, "la")
     if lettering.angle:
         upright, mask = mask, mask.rotate(lettering.angle, Image.Resampling.BICUBIC, expand=True)
-        marks = rotated(marks, lettering.angle, upright, mask)
+        marks, areas = (rotated(kept, lettering.angle, upright, mask) for kept in (marks, areas))
     box = mask.getbbox()
-    return Picture(mask.crop(box), shifted(marks, -box[0], -box[1]))
+    return Picture(mask.crop(box), *(shifted(kept, -box[0], -box[1]) for kept in (marks, areas)))
 
 
 def draw_lines(
-    rng: random.Random, level: float, lines: list[str], lettering: Lettering, size: tuple[int, int], in_columns: bool
+    rng: random.Random,
+    level: float,
+    lines: list[str],
+    lettering: Lettering,
+    size: tuple[int, int],
+    in_columns: bool,
+    names: Sequence[str] = (),
 ) -> Picture:
-    """The lines anywhere on a backdrop of the given size (near the middle at low levels)."""
+    """The lines anywhere on a backdrop of the given size (near the middle at low levels); `names` as in `text_mask`."""
     slack = size[0] - 4 - text_extent(lines, lettering.font)[0] * lettering.size
-    mask, marks = text_mask(lines, lettering, rng.uniform(0, max(0.0, slack)) if in_columns else 0.0)
+    mask, *kept = text_mask(lines, lettering, rng.uniform(0, max(0.0, slack)) if in_columns else 0.0, names)
     backdrop = make_backdrop(rng, level, size)
     jitter = ramp(level, 0.05, 0.4)
     left, top = (
@@ -389,7 +402,7 @@ def draw_lines(
         patch = (max(0, left - pad), max(0, top - pad), min(size[0], right + pad), min(size[1], bottom + pad))
         paint_patch(rng, backdrop, patch, min(left - patch[0], top - patch[1], patch[2] - right, patch[3] - bottom))
     backdrop.image.paste(text_color(rng, level, backdrop.tones), (left, top), mask)
-    return Picture(backdrop.image, shifted(marks, left, top))
+    return Picture(backdrop.image, *(shifted(marks, left, top) for marks in kept))
 
 
 # -------------------------------------------------------------------------------------------------------------- shapes
@@ -607,6 +620,7 @@ def draw_chart(rng: random.Random, level: float, size: tuple[int, int], chart: C
     low, high = axis_limits(chart, style, box[3] - box[1])
     ys = _Axis(low, high, box[3], box[1])
     marks: list[Mark] = []
+    areas: list[Mark] = []
     step = _tick_step(high - low, max(2.0, min(9.0, (box[3] - box[1]) / (1.8 * style.font_size))))
     for tick in range(math.ceil(low / step) * step, math.floor(high) + 1, step):
         y = ys(tick)
@@ -623,12 +637,14 @@ def draw_chart(rng: random.Random, level: float, size: tuple[int, int], chart: C
     for index, (label, value) in enumerate(chart.values.items()):
         draw.line((xs(index), box[3], xs(index), box[3] + mark), style.ink, stroke)
         marks += write(draw, (xs(index), box[3] + mark + 2), label, style.ink, font, "mt")
+        column = (xs(index - 0.5), box[1], xs(index + 0.5), box[3])
+        areas += [Mark(label, column), Mark(str(value // 10), column)]
         if chart.annotated:
             lift = 2 if chart.kind == "bar" else 2 + style.font_size // 4
             halo = {"stroke_width": 1, "stroke_fill": style.face}
             marks += write(draw, (xs(index), ys(value) - lift), str(value), style.ink, font, "mb", **halo)
     marks += write(draw, ((box[0] + box[2]) / 2, 0.2 * style.font_size), style.title, style.ink, font, "mt")
-    return Picture(image, tuple(marks))
+    return Picture(image, tuple(marks), tuple(areas))
 
 
 def draw_chart_with_matplotlib(rng: random.Random, level: float, size: tuple[int, int], chart: Chart) -> Picture:

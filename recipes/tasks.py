@@ -25,7 +25,7 @@ from .drawing import Chart, Picture, Shape, first_part, lerp, ramp, weighted
 Content = TypeVar("Content")
 
 SPLITS = ("train", "heldout")
-MOST_QUESTIONS = 4  # about a training picture
+MOST_QUESTIONS = 6  # about a training picture
 EASIER_SHARE = 0.2  # of training samples: drawn below the difficulty asked for, so that easy ones are not forgotten
 MATPLOTLIB_SHARE = 0.2  # of training charts, at level 1
 READ_OFF_TOLERANCE = 2  # of a chart's values, where they are not written on top
@@ -506,7 +506,8 @@ def draw_receipt(rng: random.Random, level: float, receipt: Receipt) -> Picture 
     if highest < lowest:
         return None
     lettering = drawing.Lettering(font, round(drawing.log_uniform(rng, lowest, highest)))
-    return drawing.draw_lines(rng, level, lines, lettering, size, rng.random() < 0.5 * ramp(level, 0.2, 0.5))
+    in_columns = rng.random() < 0.5 * ramp(level, 0.2, 0.5)
+    return drawing.draw_lines(rng, level, lines, lettering, size, in_columns, names=[*receipt.items, "total"])
 
 
 def _draw_fitting(

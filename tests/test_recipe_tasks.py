@@ -449,10 +449,43 @@ def test_marks_of_a_chart_are_its_numbers_and_letters():
 @pytest.mark.parametrize("difficulty", [0.0, 1.0])
 def test_every_training_picture_but_matplotlibs_has_marks_inside_it(task, difficulty):
     for seed in SEEDS:
-        for image, marks in make_sample(task, seed, difficulty).pictures:
+        for image, marks, areas in make_sample(task, seed, difficulty).pictures:
             assert marks
-            for _, (left, top, right, bottom) in marks:
+            for _, (left, top, right, bottom) in (*marks, *areas):
                 assert 0 <= (left + right) / 2 <= image.width and 0 <= (top + bottom) / 2 <= image.height
+
+
+@pytest.mark.parametrize("in_columns", [False, True])
+def test_lines_with_names_have_areas_around_their_characters(in_columns):
+    lines, names = ["Milk 0.75", "EGG 12.40", "TOTAL 13.15"], ["milk", "egg", "total"]
+    lettering = drawing.Lettering("DejaVuSans.ttf", 30)
+    picture = drawing.draw_lines(random.Random(3), 0.1, lines, lettering, (400, 200), in_columns, names)
+    assert [area.text for area in picture.areas] == names
+    for mark in picture.marks:
+        x, y = (mark.box[0] + mark.box[2]) / 2, (mark.box[1] + mark.box[3]) / 2
+        around = [i for i, (_, box) in enumerate(picture.areas) if box[0] <= x <= box[2] and box[1] <= y <= box[3]]
+        assert len(around) == 1 and mark.text in lines[around[0]]
+
+
+def test_receipts_name_their_lines_as_questions_do():
+    for seed in SEEDS:
+        sample = make_sample("receipt", seed, 0.5)
+        names = [area.text for area in sample.pictures[0].areas]
+        assert names[-1] == "total" and set(names[:-1]) <= set(tasks.GOODS)
+        asked = [name for question, _ in sample.turns for name in names[:-1] if f" the {name}" in question]
+        assert len(asked) == sum("." in answer for _, answer in sample.turns) - sum(
+            "total" in question or "sum" in question or "together" in question for question, _ in sample.turns
+        )
+
+
+def test_columns_of_a_chart_are_areas_of_their_letter_and_tens():
+    chart = drawing.Chart("line", {"A": 35, "B": 7, "D": 81}, annotated=False)
+    picture = drawing.draw_chart(random.Random(0), 0.0, (240, 200), chart)
+    assert [area.text for area in picture.areas] == ["A", "3", "B", "0", "D", "8"]
+    letters = {mark.text: mark.box for mark in picture.marks if mark.text in "ABD"}
+    for area in picture.areas[::2]:
+        left, _, right, bottom = letters[area.text]
+        assert area.box[0] <= left < right <= area.box[2] and area.box[3] <= bottom
 
 
 def test_a_page_asks_nothing_and_is_full_of_characters():

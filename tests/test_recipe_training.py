@@ -189,12 +189,38 @@ def test_empty_cells_beside_shapes_are_labelled_with_their_tenth_of_the_width_or
     picture = Picture(Image.new("RGB", (640, 160)), (Mark("red", (0, 0, 320, 160)),))
     labels, weight = cells.label_cells(picture, processor)
     large = np.array(processor.tokenizer.convert_ids_to_tokens(labels[-100:])).reshape(5, 20)
-    assert (large[:, :10] == "Ġred").all()
+    assert (large[:, :10] == "Ġred").sum() > 20
     for row, column in np.ndindex(5, 10):
         assert large[row, 10 + column] in (str(5 + column // 2), "BDFHJ"[row])
     assert {str(digit) for digit in range(5, 10)} | set("BDFHJ") == set(large[:, 10:].ravel())
-    is_marked = labels == cells.token_of("red", processor.tokenizer)
-    assert 0 < weight[~is_marked].max() < weight[is_marked].min()
+    weight = weight[-100:].numpy().reshape(5, 20)
+    assert 0 < weight[:, 10:].max() < weight[:, :10].min()
+
+
+def test_cells_are_labelled_with_what_they_belong_to(processor):
+    """A picture of 8 x 8 cells: a line of text over three rows of them, and below it nothing."""
+    areas = (Mark("milk", (0, 0, 256, 96)),)
+    tokens = []
+    for shift in range(40):
+        moved = (Mark("7", (32 + shift / 8, 32, 64 + shift / 8, 64)),)
+        picture = Picture(Image.new("RGB", (256, 256)), moved, areas)
+        labels, _ = cells.label_cells(picture, processor)
+        tokens.append(np.array(processor.tokenizer.convert_ids_to_tokens(labels[-64:])).reshape(8, 8))
+    at_mark = [grid[1, 1] for grid in tokens]
+    assert set(at_mark) == {"7", "Ġmilk"} and 0.4 < np.mean([token == "7" for token in at_mark]) < 0.8
+    for grid in tokens:
+        grid[1, 1] = "Ġmilk"
+        assert (grid[:3] == "Ġmilk").all() and (grid[3:] == "Ġ").all()
+
+
+def test_shapes_are_areas_of_their_four_sides():
+    """In a picture of 640 x 160."""
+    picture = Picture(Image.new("RGB", (640, 160)), (Mark("red", (70, 20, 639, 160)), Mark("star", (70, 20, 639, 160))))
+    areas = cells.side_areas(picture)
+    assert [area.text for area in areas] == ["1", "B", "j", "T"] and {area.box for area in areas} == {
+        (70, 20, 639, 160)
+    }
+    assert cells.side_areas(Picture(picture.image, (Mark("7", (0, 0, 9, 9)),))) == []
 
 
 def test_cells_of_a_picture_without_marks_are_not_labelled(processor):
