@@ -94,13 +94,21 @@ def test_lmms_eval_model():
     model = module.NaViL(str(ROOT), subfolder="tiny", device="cpu", max_new_tokens="8")
     sample = make_sample("chart", 0, 0.2, split="heldout")
     model.task_dict = {"drawn": {"test": [sample]}}
-    request = SimpleNamespace(
-        args=(drawn.question(sample), {"until": ["\n"]}, lambda doc: doc.images, 0, "drawn", "test")
-    )
-    [answer] = model.generate_until([request])
-    assert answer == NaViLAnswers(str(ROOT), "tiny", "cpu", 8).answer(
-        [("image", sample.images[0]), ("text", drawn.question(sample))]
-    )
+    question = sample.turns[0][0]
+
+    def ask(settings):
+        request = SimpleNamespace(args=(question, settings, lambda doc: doc.images, 0, "drawn", "test"))
+        return model.generate_until([request])
+
+    expected = NaViLAnswers(str(ROOT), "tiny", "cpu", 8).answer([("image", sample.images[0]), ("text", question)])
+    assert ask({"until": ["\n"]}) == [expected]
+    seen = []
+    model.answers.model.chat = lambda *given: seen.append(given[3]) or ""
+    sampling = {"temperature": 0.5, "top_p": 0.9}
+    ask({"num_beams": 2, "do_sample": False, **sampling})
+    ask({"max_new_tokens": 3, "do_sample": True, **sampling})
+    assert seen[0] == {"do_sample": False, "max_new_tokens": 8, "num_beams": 2}
+    assert seen[1] == {"do_sample": True, "max_new_tokens": 3, **sampling}
 
 
 def test_vlmevalkit_takes_the_wrapper():

@@ -19,7 +19,8 @@ from tqdm import tqdm  # noqa: E402
 from . import NaViLAnswers  # noqa: E402
 
 MANIFEST = ModelManifest(model_id="navil", simple_class_path=f"{__name__}.NaViL")
-TAKEN_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams")
+TAKEN_SETTINGS = ("max_new_tokens", "num_beams")
+SAMPLING_SETTINGS = ("do_sample", "temperature", "top_p")  # taken where the task asks for sampling
 
 
 class NaViL(lmms):
@@ -41,9 +42,8 @@ class NaViL(lmms):
         for request in tqdm(requests, desc="answering", disable=self.rank != 0):
             question, settings, doc_to_visual, doc_id, task, split = request.args
             images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
-            taken = {name: settings[name] for name in TAKEN_SETTINGS if settings.get(name) is not None}
-            if not taken.get("do_sample"):
-                taken = {"max_new_tokens": taken.get("max_new_tokens", self.answers.max_new_tokens)}
+            names = TAKEN_SETTINGS + (SAMPLING_SETTINGS if settings.get("do_sample") else ())
+            taken = {name: settings[name] for name in names if settings.get(name) is not None}
             answer = self.answers.answer([*(("image", image) for image in images), ("text", question)], **taken)
             for end in _texts(settings.get("until")):
                 answer = answer.split(end)[0]
