@@ -4,8 +4,9 @@ An answer of a few characters says little about a picture of hundreds of patches
 stands where, so every visual token has a label as well: a character in its cell, the colour or kind of a shape there,
 or that the cell is empty; or what questions look for and answers take from there: the thing on a receipt's line, the
 letter and the tens of a chart's column, the sides of a shape. An empty cell beside shapes is labelled as on a
-chessboard, by its column or its row, which boxes are made of. A label is predicted where an LLM predicts the next
-token, by the same output layer.
+chessboard, by its column or its row, which boxes are made of. Places have two digits, the tenth and the hundredth of
+the picture's width or height; a label is one of them, and its alphabet tells which. A label is predicted where an LLM
+predicts the next token, by the same output layer.
 """
 
 from math import ceil
@@ -20,9 +21,11 @@ from navil_modules import image_processing, processing
 from .drawing import Mark, Picture
 
 EMPTY = " "
-COLUMNS, ROWS = "0123456789", "ABCDEFGHIJ"  # tenths of a picture's width and height
-SIDES = (COLUMNS, ROWS, "abcdefghij", "KLMNOPQRST")  # tenths where a shape's left, upper, right and lower side is
-AREA_SHARE = 0.4  # of the cells that show something: labelled with what they belong to instead
+# The ten digits of a tenth and of a hundredth, for a shape's left, upper, right and lower side.
+SIDES = (("0123456789", "UVWXYZuvwx"), ("ABCDEFGHIJ", "yz!#$%&()*"))
+SIDES += (("abcdefghij", "klmnopqrst"), ("KLMNOPQRST", "+,-./:;<=>"))
+PLACES = "".join(tenths + hundredths for tenths, hundredths in SIDES[:2])  # of an empty cell: its column and its row
+AREA_SHARE = 0.5  # of the cells that show something: labelled with what they belong to instead
 CELL_WEIGHT = 0.5  # of a picture's cells, against an answer of as many tokens
 EMPTY_WEIGHT = 0.1  # of the empty ones: they are many and easy
 PLACE_WEIGHT = 0.3  # of those that are asked where they are
@@ -54,7 +57,7 @@ def label_cells(picture: Picture, processor: Any) -> tuple[Tensor, Tensor]:
     is_empty = torch.from_numpy(chosen < 0)
     shows_shapes = any(len(mark.text) > 1 for mark in picture.marks)
     if shows_shapes:
-        names = torch.tensor([token_of(name, processor.tokenizer) for name in COLUMNS + ROWS])
+        names = torch.tensor([token_of(name, processor.tokenizer) for name in PLACES])
         places = np.concatenate([choose_places(scale, cell) for scale in scales])
         labels = torch.where(is_empty, names[places], labels)
     empty_weight = PLACE_WEIGHT if shows_shapes else EMPTY_WEIGHT
@@ -63,13 +66,14 @@ def label_cells(picture: Picture, processor: Any) -> tuple[Tensor, Tensor]:
 
 
 def side_areas(picture: Picture) -> list[Mark]:
-    """Four for each shape of the picture, all of its size: in which tenth of the picture each of its sides is."""
+    """Eight for each shape of the picture, all of its size: the two digits of each of its sides."""
     size = 2 * picture.image.size
     boxes = {mark.box for mark in picture.marks if len(mark.text) > 1}
     return [
-        Mark(tenths[min(9, int(10 * side / length))], box)
+        Mark(alphabet[digit], box)
         for box in sorted(boxes)
-        for tenths, side, length in zip(SIDES, box, size, strict=True)
+        for alphabets, side, length in zip(SIDES, box, size, strict=True)
+        for alphabet, digit in zip(alphabets, divmod(min(99, int(100 * side / length)), 10), strict=True)
     ]
 
 
@@ -95,12 +99,14 @@ def choose_marks(marks: tuple[Mark, ...], size: tuple[int, int], scale: tuple[in
 
 
 def choose_places(scale: tuple[int, int], cell: int) -> np.ndarray:
-    """(cells,) index into COLUMNS + ROWS, row by row: one or the other, any, of where the cell's middle is."""
-    rows, columns = (np.arange(ceil(side / cell)) for side in scale)
-    in_row, in_column = (((axis + 0.5) / len(axis) * 10).astype(int) for axis in (rows, columns))
-    shape = (len(rows), len(columns))
-    names_row = np.random.default_rng(sum(scale)).random(shape) < 0.5
-    return np.where(names_row, len(COLUMNS) + in_row[:, None], in_column).ravel()
+    """(cells,) index into PLACES, row by row: one digit, any, of where the cell's middle is."""
+    middles = [(np.arange(ceil(side / cell)) + 0.5) / ceil(side / cell) for side in scale]
+    [row_tenth, row_hundredth], [column_tenth, column_hundredth] = (divmod((100 * m).astype(int), 10) for m in middles)
+    digits = (column_tenth[None], column_hundredth[None], row_tenth[:, None], row_hundredth[:, None])
+    shape = (len(middles[0]), len(middles[1]))
+    named = np.stack([np.broadcast_to(10 * i + digit, shape) for i, digit in enumerate(digits)])
+    picked = np.random.default_rng(sum(scale)).integers(len(named), size=shape)
+    return np.take_along_axis(named, picked[None], 0).ravel()
 
 
 def _along(start: np.ndarray, end: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -49,8 +49,8 @@ class Stage:
     decay: float = 0.0  # share of the steps, the last ones, over which the learning rate falls to 0
 
 
-PICTURES = {"text": 0.28, "receipt": 0.2, "chart": 0.14, "scene": 0.1, "grounding": 0.2}
-PICTURES |= {"two_images": 0.08, "two_turns": 0.08, DESCRIBE: 0.06, PAGE: 0.26}
+PICTURES = {"text": 0.32, "receipt": 0.2, "chart": 0.14, "scene": 0.1, "grounding": 0.26}
+PICTURES |= {"two_images": 0.1, "two_turns": 0.08, DESCRIBE: 0.06, PAGE: 0.22}
 WITH_TEXT = PICTURES | {"text_only": 0.1, TEXT_PRETRAINING: 0.05}
 
 STAGES = {

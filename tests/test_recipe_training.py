@@ -184,21 +184,24 @@ def test_cells_are_labelled_with_what_they_show(processor, monkeypatch):
     assert weight[is_empty].max() < weight[~is_empty].min()
 
 
-def test_empty_cells_beside_shapes_are_labelled_with_their_tenth_of_the_width_or_height(processor):
-    """A picture of 5 x 20 cells: half a tenth of its width is a cell, two tenths of its height are."""
+def test_empty_cells_beside_shapes_are_labelled_with_a_digit_of_their_place(processor, monkeypatch):
+    """A picture of 5 x 20 cells, with middles at 2.5, 7.5, ... hundredths of its width, 10, 30, ... of its height."""
+    monkeypatch.setattr(processor.image_processor, "min_pixels", 128 * 128)
     picture = Picture(Image.new("RGB", (640, 160)), (Mark("red", (0, 0, 320, 160)),))
     labels, weight = cells.label_cells(picture, processor)
     large = np.array(processor.tokenizer.convert_ids_to_tokens(labels[-100:])).reshape(5, 20)
-    assert (large[:, :10] == "Ġred").sum() > 20
+    assert (large[:, :10] == "Ġred").sum() > 10
     for row, column in np.ndindex(5, 10):
-        assert large[row, 10 + column] in (str(5 + column // 2), "BDFHJ"[row])
-    assert {str(digit) for digit in range(5, 10)} | set("BDFHJ") == set(large[:, 10:].ravel())
+        of_column = (str(5 + column // 2), "W" if column % 2 == 0 else "v")
+        assert large[row, 10 + column] in (*of_column, "BDFHJ"[row], "y")
+    assert {*"56789WvBDFHJy"} == set(large[:, 10:].ravel())
     weight = weight[-100:].numpy().reshape(5, 20)
     assert 0 < weight[:, 10:].max() < weight[:, :10].min()
 
 
-def test_cells_are_labelled_with_what_they_belong_to(processor):
+def test_cells_are_labelled_with_what_they_belong_to(processor, monkeypatch):
     """A picture of 8 x 8 cells: a line of text over three rows of them, and below it nothing."""
+    monkeypatch.setattr(processor.image_processor, "min_pixels", 128 * 128)
     areas = (Mark("milk", (0, 0, 256, 96)),)
     tokens = []
     for shift in range(40):
@@ -213,13 +216,12 @@ def test_cells_are_labelled_with_what_they_belong_to(processor):
         assert (grid[:3] == "Ġmilk").all() and (grid[3:] == "Ġ").all()
 
 
-def test_shapes_are_areas_of_their_four_sides():
-    """In a picture of 640 x 160."""
+def test_shapes_are_areas_of_the_two_digits_of_their_four_sides():
+    """In a picture of 640 x 160: at 0.10, 0.12, 0.99 and 1."""
     picture = Picture(Image.new("RGB", (640, 160)), (Mark("red", (70, 20, 639, 160)), Mark("star", (70, 20, 639, 160))))
     areas = cells.side_areas(picture)
-    assert [area.text for area in areas] == ["1", "B", "j", "T"] and {area.box for area in areas} == {
-        (70, 20, 639, 160)
-    }
+    assert [area.text for area in areas] == ["1", "U", "B", "!", "j", "t", "T", ">"]
+    assert {area.box for area in areas} == {(70, 20, 639, 160)}
     assert cells.side_areas(Picture(picture.image, (Mark("7", (0, 0, 9, 9)),))) == []
 
 
