@@ -132,6 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model.merge_and_unload().save_pretrained(options.output)
     if trainer.is_world_process_zero():
         processor.save_pretrained(options.output)
+    # Gloo aborts a process that ends while its connections are open.
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
     return 0
 
 
