@@ -79,7 +79,7 @@ def build_config(tokenizer):
             "tie_word_embeddings": True,
         },
         min_dynamic_patch=576,
-        max_dynamic_patch=1600,
+        max_dynamic_patch=2304,
         image_token_id=tokenizer.convert_tokens_to_ids(tokenization.IMAGE_TOKEN),
         image_start_token_id=tokenizer.convert_tokens_to_ids(tokenization.IMAGE_START_TOKEN),
         eos_token_id=tokenizer.eos_token_id,

@@ -117,6 +117,5 @@ def _along(start: np.ndarray, end: np.ndarray, count: int) -> tuple[np.ndarray, 
 
 
 def token_of(text: str, tokenizer: Any) -> int:
-    """A character as answers spell it; a word as questions have it, one token with the blank in front."""
-    [token] = tokenizer(text if len(text) == 1 else f" {text}", add_special_tokens=False)["input_ids"]
-    return token
+    """A character as answers spell it; of a word as questions have it, with the blank in front, the first token."""
+    return tokenizer(text if len(text) == 1 else f" {text}", add_special_tokens=False)["input_ids"][0]

@@ -48,6 +48,10 @@ class Encoded(NamedTuple):
         return len(self.conversation.images.get("pixel_values", ()))
 
 
+def num_tokens(row: Sequence[Encoded]) -> int:
+    return sum(sample.num_tokens for sample in row)
+
+
 def messages(turns: Sequence[tuple[str, str | None]], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
     """(question, answer) turns as a chat template takes them, the images in front of the first question.
 
@@ -115,20 +119,29 @@ def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
 
 CELL_STEP = 128
 IMAGE_STEP = 16
+ROW_STEP = 128
 
 
-def filler(rows: Sequence[Sequence[Encoded]], row_length: int, processor: Any) -> Encoded:
-    """A row of one sample without labels that rounds a batch's numbers of visual tokens up, so that shapes come again.
+def add_filler(rows: list[list[Encoded]], row_length: int, processor: Any) -> None:
+    """Adds a sample without labels that rounds a batch's sizes up, so that the shapes of its products come again.
 
-    A blank picture brings the cells to a multiple of CELL_STEP, `<img>` tokens bring these to one of IMAGE_STEP. oneDNN
-    takes milliseconds to prepare a matrix product of a shape that it has not seen, and keeps what it has prepared.
+    A blank picture brings the cells to a multiple of CELL_STEP, `<img>` tokens bring these to one of IMAGE_STEP, and
+    padding brings the row to the length of all rows: `row_length`, or where a sample is longer a multiple of ROW_STEP.
+    oneDNN takes milliseconds to prepare a product of a shape that it has not seen, and keeps what it has prepared.
     """
     tokenizer, sight = processor.tokenizer, processor.image_processor
     image_ids = tokenizer.convert_tokens_to_ids([tokenization.IMAGE_START_TOKEN, tokenization.IMAGE_TOKEN])
     ids = torch.cat([sample.conversation.input_ids for row in rows for sample in row])
     starts, cells = (int((ids == token_id).sum()) for token_id in image_ids)
     missing = [-starts % IMAGE_STEP, -cells % CELL_STEP]
-    new_ids = torch.full((max(row_length, sum(missing)),), tokenizer.pad_token_id)
+    lengths = [num_tokens(row) for row in rows]
+    length = row_length if max(lengths) <= row_length else max(lengths) + -max(lengths) % ROW_STEP
+    emptiest = lengths.index(min(lengths))
+    if lengths[emptiest] + sum(missing) > length:
+        emptiest = len(rows)
+        rows.append([])
+    room = max(sum(missing), length - num_tokens(rows[emptiest]))
+    new_ids = torch.full((room,), tokenizer.pad_token_id)
     new_ids[: sum(missing)] = torch.tensor(image_ids).repeat_interleave(torch.tensor(missing))
     images = {}
     if missing[1]:
@@ -140,7 +153,7 @@ def filler(rows: Sequence[Sequence[Encoded]], row_length: int, processor: Any) -
         }
     no_labels = torch.full_like(new_ids, processing.IGNORE_INDEX)
     conversation = processing.Conversation(new_ids, no_labels, images)
-    return Encoded(ALL_TASKS.index(PAGE), 0, conversation, no_labels, torch.zeros(len(new_ids)))
+    rows[emptiest].append(Encoded(ALL_TASKS.index(PAGE), 0, conversation, no_labels, torch.zeros(room)))
 
 
 class PackedSamples(IterableDataset):
@@ -151,9 +164,9 @@ class PackedSamples(IterableDataset):
         weights: (tasks,) share of each task in the stream.
         difficulty: (tasks,) shared memory; the training process opens the dials while this one draws.
         first_seed: seed of the first sample; a resumed run starts where the last one stopped.
-        rows, row_length: shape of a batch, in tokens, beside the row of its `filler`; a longer sample has a longer row
-            of its own.
-        max_patches: patches of a batch, `filler` aside; a larger picture comes alone.
+        rows, row_length: shape of a batch, in tokens, but for a row that its filler may need; a longer sample has a
+            longer row of its own.
+        max_patches: patches of a batch, its filler aside; a larger picture comes alone.
     """
 
     def __init__(
@@ -162,8 +175,8 @@ class PackedSamples(IterableDataset):
         weights: Tensor,
         difficulty: Tensor,
         first_seed: int = 0,
-        rows: int = 16,
-        row_length: int = 256,
+        rows: int = 4,
+        row_length: int = 768,
         max_patches: int = 8192,
     ):
         self.processor = processor
@@ -180,7 +193,7 @@ class PackedSamples(IterableDataset):
         for sample in self._samples():
             if not self._place(rows, sample):
                 if any(other.num_patches for row in rows for other in row):
-                    rows.append([filler(rows, self.row_length, self.processor)])
+                    add_filler(rows, self.row_length, self.processor)
                 yield pack(rows, pad_id)
                 rows = [[sample]]
 
@@ -200,7 +213,7 @@ class PackedSamples(IterableDataset):
         if rows and num_patches + sample.num_patches > self.max_patches:
             return False
         for row in rows:
-            if sum(other.num_tokens for other in row) + sample.num_tokens <= self.row_length:
+            if num_tokens(row) + sample.num_tokens <= self.row_length:
                 row.append(sample)
                 return True
         if len(rows) < self.rows:

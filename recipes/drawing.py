@@ -53,6 +53,7 @@ FONT_FILES = (
 
 SHAPE_KINDS = ("circle", "square", "triangle", "star", "diamond")
 
+LINE_PITCH = 1.25  # ems from line to line, of most text
 MIN_TEXT_LUMA = 60  # of 255: letters are thin, so they must differ from their backdrop in brightness
 MIN_COLOR_DISTANCE = 80  # of 255: filled shapes may differ in hue alone
 NOISE_TILE = 128  # pixels: noise is repeated in tiles, as drawing it for each pixel would cost more than the picture
@@ -292,22 +293,25 @@ def pick_font(rng: random.Random, level: float) -> str | None:
 
 @dataclass(frozen=True)
 class Lettering:
-    """Font, em height in pixels and angle in degrees of a block of lines."""
+    """Font, em height in pixels, angle in degrees and distance in ems from line to line of a block of lines."""
 
     font: str | None
     size: int
     angle: float = 0.0
+    pitch: float = LINE_PITCH
 
 
-def text_extent(lines: list[str], font: str | None) -> tuple[float, float]:
+def text_extent(lines: list[str], font: str | None, pitch: float = LINE_PITCH) -> tuple[float, float]:
     """Upper bounds of the width and height of the lines, in ems."""
     measured = load_font(font, 64)
-    return max(measured.getlength(line) for line in lines) / 64 + 0.15, 1.25 * len(lines)
+    return max(measured.getlength(line) for line in lines) / 64 + 0.15, pitch * (len(lines) - 1) + LINE_PITCH
 
 
-def largest_font_size(lines: list[str], font: str | None, angle: float, size: tuple[int, int]) -> int:
+def largest_font_size(
+    lines: list[str], font: str | None, angle: float, size: tuple[int, int], pitch: float = LINE_PITCH
+) -> int:
     """The largest em height at which the lines, rotated by `angle` degrees, stay 2 pixels inside the canvas."""
-    wide, high = text_extent(lines, font)
+    wide, high = text_extent(lines, font, pitch)
     cosine, sine = math.cos(math.radians(angle)), abs(math.sin(math.radians(angle)))
     return int(min((size[0] - 4) / (wide * cosine + high * sine), (size[1] - 4) / (wide * sine + high * cosine)))
 
@@ -357,12 +361,12 @@ def text_mask(lines: list[str], lettering: Lettering, column_gap: float = 0.0, n
     each line, are what the lines' areas belong to.
     """
     font = load_font(lettering.font, lettering.size)
-    wide, high = text_extent(lines, lettering.font)
+    wide, high = text_extent(lines, lettering.font, lettering.pitch)
     width = math.ceil(wide * lettering.size + column_gap)
     pad = lettering.size // 2  # glyphs may reach beyond their advance width
     mask = Image.new("L", (width + 2 * pad, math.ceil(high * lettering.size) + 2 * pad))
     draw = ImageDraw.Draw(mask)
-    pitch = 1.25 * lettering.size
+    pitch = lettering.pitch * lettering.size
     areas = [Mark(name, (pad, pad + pitch * i, pad + width, pad + pitch * (i + 1))) for i, name in enumerate(names)]
     marks: list[Mark] = []
     for index, line in enumerate(lines):
@@ -522,6 +526,7 @@ class ChartStyle:
     grid: bool
     from_zero: bool
     marker: bool
+    wide_margins: bool  # as matplotlib's figures have them by default
 
 
 def chart_style(rng: random.Random, level: float, size: tuple[int, int], chart: Chart) -> ChartStyle:
@@ -542,6 +547,8 @@ def chart_style(rng: random.Random, level: float, size: tuple[int, int], chart: 
     fills = tuple(palette[index % len(palette) if many else 0] for index in range(len(chart.values)))
     part_of_side = lerp(0.11, 0.045, ramp(level, 0.1, 0.7))
     size_px = min(22.0, max(9.0, part_of_side * math.sqrt(size[0] * size[1]))) * lerp(1, rng.uniform(0.9, 1.35), varied)
+    if rng.random() < 0.4 * varied:
+        size_px = rng.uniform(11, 16)  # 10 points, matplotlib's default, at 80 to 115 dots per inch
     return ChartStyle(
         face=face,
         ink=ink,
@@ -552,14 +559,19 @@ def chart_style(rng: random.Random, level: float, size: tuple[int, int], chart: 
         grid=rng.random() < 0.25 * varied,
         from_zero=chart.kind == "bar" or rng.random() < lerp(1.0, 0.4, varied),
         marker=rng.random() >= 0.2 * varied,
+        wide_margins=rng.random() < 0.4 * varied,
     )
 
 
 def axis_limits(chart: Chart, style: ChartStyle, height: int) -> tuple[float, float]:
-    """Of the value axis, `height` pixels long: matplotlib's margin of 5 %, with room for values on top."""
+    """Of the value axis, `height` pixels long: matplotlib's margin of 5 %, with room for values on top.
+
+    Without a title wide margins are room enough.
+    """
     low, high = 0.0 if style.from_zero else float(min(chart.values.values())), float(max(chart.values.values()))
     margin = 0.05 * (high - low)
-    label = min(0.35, 1.5 * style.font_size / height) if chart.annotated else 0.0  # of the axis
+    needs_room = chart.annotated and (style.title or not style.wide_margins)
+    label = min(0.35, 1.5 * style.font_size / height) if needs_room else 0.0  # of the axis
     top = high + max(margin, (high - low) * label / (1 - label))
     return low if chart.kind == "bar" else low - margin, top
 
@@ -574,7 +586,11 @@ def _plot_box(style: ChartStyle, size: tuple[int, int], mark: int) -> Box:
     unit = style.font_size
     left = mark + 5 + math.ceil(load_font(style.font, unit).getlength("100"))
     top = round(unit * (1.8 if style.title else 0.8))
-    return left, top, size[0] - max(4, unit // 2), size[1] - mark - 3 - round(1.35 * unit)
+    right, bottom = size[0] - max(4, unit // 2), size[1] - mark - 3 - round(1.35 * unit)
+    if style.wide_margins:
+        left, top = max(left, round(0.125 * size[0])), max(top, round(0.12 * size[1]), 2 * unit)
+        right, bottom = min(right, round(0.9 * size[0])), min(bottom, round(0.89 * size[1]))
+    return left, top, right, bottom
 
 
 @dataclass(frozen=True)

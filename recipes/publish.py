@@ -51,14 +51,15 @@ of the same sizes, `one scale` is this model without multi-scale packing.
 Command: `python -m recipes.evaluate tiny --count {count}`.
 
 {table}
-## At the difficulty that training had reached
-
 {answers:,} answers given in training. How far each task's difficulty dial had opened (1 is the
 full distribution): {dials}.
+"""
+
+TABLE_AT_DIALS = """
 The same table at these difficulties, by
 `python -m recipes.evaluate tiny --count {count} --dials tiny/dials.json`:
 
-{table_at_dials}"""
+{table}"""
 
 
 def publish(checkpoint: Path, destination: Path, count: int) -> None:
@@ -75,7 +76,9 @@ def publish(checkpoint: Path, destination: Path, count: int) -> None:
     difficulty = state["difficulty"]
     full = evaluate.evaluate(model, processor, count)
     partly_open = [task for task in full if difficulty[task] < 1]
-    report = {"full": full, "at dials": full | evaluate.evaluate(model, processor, count, partly_open, difficulty)}
+    report = {"full": full}
+    if partly_open:
+        report["at dials"] = full | evaluate.evaluate(model, processor, count, partly_open, difficulty)
     destination.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copyfile(checkpoint / name, destination / name)
@@ -84,10 +87,11 @@ def publish(checkpoint: Path, destination: Path, count: int) -> None:
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         count=count,
         table=evaluate.as_markdown(report["full"]),
-        table_at_dials=evaluate.as_markdown(report["at dials"]),
         answers=state["num_answers"],
         dials=", ".join(f"{task} {difficulty:.2f}" for task, difficulty in state["difficulty"].items()),
     )
+    if partly_open:
+        card += TABLE_AT_DIALS.format(count=count, table=evaluate.as_markdown(report["at dials"]))
     (destination / "README.md").write_text(card)
 
 

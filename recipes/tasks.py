@@ -79,7 +79,8 @@ GOODS = tuple(
     water beer wine ham oil nuts grapes shampoo magazine
     """.split()
 )
-"""What a receipt lists; the dial introduces it in this order, short names first."""
+"""What a receipt lists; the dial introduces it in this order, short names first. Each is one token of a question."""
+UNLISTED_SHARE = 0.25  # of the names on a receipt, at level 1: any other word, which a question spells
 
 WORDINGS: dict[str, tuple[str, ...]] = {
     "text.read": (
@@ -194,6 +195,9 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "describe.scene": ("List the shapes.", "What shapes are there?", "Which shapes can you see?"),
     "pretrain_text.copy": ("Repeat: {text}", "Copy: {text}", "Say: {text}", "Write: {text}", "Repeat this: {text}"),
 }
+
+_ASKING = set(re.findall(r"\w+", " ".join(wording for wordings in WORDINGS.values() for wording in wordings)))
+OTHER_NAMES = tuple(word for word in WORDS if word not in GOODS and word not in _ASKING)
 
 
 @dataclass(frozen=True)
@@ -413,6 +417,9 @@ def make_receipt(rng: random.Random, level: float) -> Receipt:
     """2 to 5 items (at the lowest levels: one), 0.50 to 99.99 each."""
     most = round(lerp(1, 5, ramp(level, 0.02, 0.7)))
     names = rng.sample(first_part(GOODS, 5, ramp(level, 0, 0.6)), k=rng.randint(min(2, most), most))
+    share = UNLISTED_SHARE * ramp(level, 0.5, 1.0)
+    others = rng.sample(OTHER_NAMES, k=len(names))
+    names = [other if rng.random() < share else name for name, other in zip(names, others, strict=True)]
     step = next(step for step, until in ((100, 0.08), (50, 0.16), (10, 0.3), (1, math.inf)) if level < until)
     highest = lerp(900, 9999, ramp(level, 0.1, 0.8))
     prices = [round(drawing.log_uniform(rng, 50, highest) / step) * step for _ in names]
@@ -501,11 +508,12 @@ def draw_receipt(rng: random.Random, level: float, receipt: Receipt) -> Picture 
     case = rng.choice(first_part((str.lower, str.capitalize, str.upper), 1, ramp(level, 0.1, 0.5)))
     lines = [f"{case(name)} {money(cents)}" for name, cents in receipt.items.items()]
     lines.append(f"TOTAL {money(receipt.total)}")
-    highest = min(lerp(26, 56, ramp(level, 0.1, 0.8)), drawing.largest_font_size(lines, font, 0, size))
+    pitch = lerp(drawing.LINE_PITCH, rng.uniform(1.1, 2.0), ramp(level, 0.2, 0.8))
+    highest = min(lerp(26, 56, ramp(level, 0.1, 0.8)), drawing.largest_font_size(lines, font, 0, size, pitch))
     lowest = lerp(22, 12, ramp(level, 0.1, 0.8))
     if highest < lowest:
         return None
-    lettering = drawing.Lettering(font, round(drawing.log_uniform(rng, lowest, highest)))
+    lettering = drawing.Lettering(font, round(drawing.log_uniform(rng, lowest, highest)), pitch=pitch)
     in_columns = rng.random() < 0.5 * ramp(level, 0.2, 0.5)
     return drawing.draw_lines(rng, level, lines, lettering, size, in_columns, names=[*receipt.items, "total"])
 
@@ -577,20 +585,30 @@ def _grounding(rng: random.Random, level: float, split: str) -> tuple[list[Pictu
 def _two_images(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
     canvases = [_empty_canvas(rng, level) for _ in range(2)]
     scenes, turn = _comparable_scenes(rng, level, [canvas.make_scene for canvas in canvases])
-    return [canvas.draw(rng, level, scene) for canvas, scene in zip(canvases, scenes, strict=True)], [turn]
+    pictures = [canvas.draw(rng, level, scene) for canvas, scene in zip(canvases, scenes, strict=True)]
+    first = iter([turn])
+    return pictures, _questions(rng, split, lambda: next(first, None) or _ask_again(rng, scenes) or turn)
 
 
 def _comparable_scenes(
     rng: random.Random, level: float, makers: list[Callable[[random.Random, float], Scene]]
 ) -> tuple[list[Scene], Turn]:
     """Scenes and a question about them; all answers to a question are equally frequent."""
-    kind = rng.choice(("two_images.more", "two_images.both"))
-    wanted = rng.choice(("first", "second", "same") if kind == "two_images.more" else ("yes", "no"))
+    kind, wanted = _comparison_wanted(rng)
     while True:
         scenes = [make(rng, level) for make in makers]
         turn = compare_scenes(rng, scenes, kind, wanted)
         if turn is not None:
             return scenes, turn
+
+
+def _comparison_wanted(rng: random.Random) -> tuple[str, str]:
+    kind = rng.choice(("two_images.more", "two_images.both"))
+    return kind, rng.choice(("first", "second", "same") if kind == "two_images.more" else ("yes", "no"))
+
+
+def _ask_again(rng: random.Random, scenes: list[Scene]) -> Turn | None:
+    return compare_scenes(rng, scenes, *_comparison_wanted(rng))
 
 
 def _two_turns(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:

@@ -50,8 +50,8 @@ class Stage:
 
 
 PICTURES = {"text": 0.32, "receipt": 0.2, "chart": 0.14, "scene": 0.1, "grounding": 0.26}
-PICTURES |= {"two_images": 0.1, "two_turns": 0.08, DESCRIBE: 0.06, PAGE: 0.22}
-WITH_TEXT = PICTURES | {"text_only": 0.1, TEXT_PRETRAINING: 0.05}
+PICTURES |= {"two_images": 0.14, "two_turns": 0.08, DESCRIBE: 0.06, PAGE: 0.22}
+WITH_TEXT = PICTURES | {"text_only": 0.14, TEXT_PRETRAINING: 0.05}
 
 STAGES = {
     # The base LLM: formats, arithmetic and copying, from text alone.

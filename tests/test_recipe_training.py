@@ -106,11 +106,13 @@ def test_stream_fills_batches_within_their_limits(processor):
         starts, cells = (int((batch["input_ids"] == token_id).sum()) for token_id in image_ids)
         assert starts == data.IMAGE_STEP and cells % data.CELL_STEP == 0
         assert 0 < 4 * cells == len(batch["pixel_values"]) <= 4096
-        assert not batch["loss_weight"][-1].any() and (batch["labels"][-1] == processing.IGNORE_INDEX).all()
+        assert data.answer_index(batch["labels"]).max() + 1 == len(batch["task_index"])
         assert len(batch["task_index"]) > rows
         assert set(batch["task_index"].tolist()) <= {data.ALL_TASKS.index("text"), data.ALL_TASKS.index("text_only")}
     again = next(iter(data.PackedSamples(processor, weights, difficulty, first_seed=5, **settings)))
     assert all(torch.equal(again[name], batches[0][name]) for name in again)
+    longer = next(iter(data.PackedSamples(processor, weights, difficulty, rows=3, row_length=32, max_patches=4096)))
+    assert longer["input_ids"].shape[1] % data.ROW_STEP == 0
 
 
 def test_dials_open_with_progress_close_with_failure_and_survive_saving(tmp_path):
@@ -319,7 +321,13 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     report = json.loads((tmp_path / "published" / "evaluation.json").read_text())
     assert list(report["full"]) == list(report["at dials"]) == list(TASKS)
     assert report["full"]["two_turns"]["questions"] == 4
-    assert "| text |" in (tmp_path / "published" / "README.md").read_text()
+    assert (tmp_path / "published" / "README.md").read_text().count("| text |") == 2
+    state = json.loads((final / "dials.json").read_text())
+    state["difficulty"] = dict.fromkeys(state["difficulty"], 1.0)
+    (final / "dials.json").write_text(json.dumps(state))
+    assert publish.main([str(final), str(tmp_path / "open"), "--count", "1"]) == 0
+    assert list(json.loads((tmp_path / "open" / "evaluation.json").read_text())) == ["full"]
+    assert (tmp_path / "open" / "README.md").read_text().count("| text |") == 1
     more = ["--runs", str(tmp_path / "more"), "--init", str(tmp_path / "published"), "--steps", "s2=2"]
     assert train.main(more) == 0  # training goes on from what was published
     with pytest.raises(ValueError, match="trained already"):
