@@ -18,6 +18,7 @@ from transformers import get_wsd_schedule
 
 from recipes import data, train
 from recipes.blueprint import load
+from recipes.optimizer import MuonWithAdamW
 
 PART = 0.2  # of the steps: rows of the table
 
@@ -29,7 +30,12 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.
     return torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-OPTIMIZERS = {"AdamW": adamw, "Muon": train.MuonWithAdamW}
+def muon(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    dtype = torch.bfloat16 if train.bf16_pays("cpu") else torch.float32
+    return MuonWithAdamW(model, learning_rate, weight_decay, dtype)
+
+
+OPTIMIZERS = {"AdamW": adamw, "Muon": muon}
 
 
 def draw_batches(folder: Path, processor: Any, steps: int) -> list[dict[str, Tensor]]:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from navil_modules import modeling
 from .blueprint import build_model, build_processor, build_tokenizer, load, question_words
 from .cells import EMPTY, token_of
 from .data import ALL_TASKS, TEXT_PRETRAINING, PackedSamples, answer_index
+from .optimizer import MuonWithAdamW
 from .tasks import DESCRIBE, PAGE
 
 DIALS_FILE = "dials.json"
@@ -116,7 +117,7 @@ class Dials:
         """Writes the file whole or not at all: a checkpoint that has it is complete."""
         state = {
             "num_answers": self.num_answers,
-            "difficulty": dict(zip(ALL_TASKS, self.difficulty.tolist(), strict=True)),
+            "difficulty": {task: round(d, 4) for task, d in zip(ALL_TASKS, self.difficulty.tolist(), strict=True)},
             "score": dict(zip(ALL_TASKS, self.score, strict=True)),
         }
         part = folder / f"{DIALS_FILE}.part"
@@ -155,44 +156,6 @@ def cell_score(logits: Tensor, labels: Tensor, empty_id: int) -> float:
     return float((right & is_marked).sum() / is_marked.sum().clamp(min=1))
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for the weight matrices, AdamW for the embeddings, the patch projection and all vectors.
-
-    Muon's updates are scaled to the size of AdamW's (Moonlight, arXiv 2502.16982), so one learning rate serves both.
-    """
-
-    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float):
-        tables = [model.get_input_embeddings().weight, model.vision_model.patch_embedding.weight]
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        matrices = [p for p in trained if p.ndim == 2 and not any(p is table for table in tables)]
-        chosen = {id(parameter) for parameter in matrices}
-        others = [parameter for parameter in trained if id(parameter) not in chosen]
-        self.parts: list[torch.optim.Optimizer] = []
-        if matrices:
-            muon = torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
-            self.parts.append(muon)
-        if others:
-            self.parts.append(torch.optim.AdamW(others, learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._share_groups()
-
-    def _share_groups(self) -> None:
-        """A scheduler sets the learning rates in `param_groups`: they must be the parts' own."""
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        for part in self.parts:
-            part.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self._share_groups()
-
-
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
     """What the model takes of a packed batch, the labels of answers and of cells in one."""
     inputs = {name: x for name, x in batch.items() if name not in ("task_index", "cell_labels")}
@@ -213,7 +176,7 @@ class PackedTrainer(Trainer):
 
     def create_optimizer(self) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = MuonWithAdamW(self.model, self.args.learning_rate, self.args.weight_decay)
+            self.optimizer = MuonWithAdamW(self.model, self.args.learning_rate, self.args.weight_decay, self.dtype)
         return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader:
@@ -315,9 +278,9 @@ def training_arguments(stage: Stage, folder: Path, steps: int, save_steps: int) 
     )
 
 
-# On a CPU the backward pass of torch's fused attention takes several times as long as plain matrix products, and oneDNN
-# takes milliseconds to prepare a product of a shape that it has not seen: so this attention works on runs of 2**n
-# segments, whose shapes come again, and many prepared products are kept.
+# On a CPU with bf16 units the backward pass of torch's fused attention takes several times as long as plain matrix
+# products, and oneDNN takes milliseconds to prepare a product of a shape that it has not seen: so this attention works
+# on runs of 2**n segments, whose shapes come again, and many prepared products are kept. In float32 the fused one wins.
 PLAIN_ATTENTION = "plain"
 ONEDNN_CAPACITY = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "5000")
 
@@ -359,7 +322,9 @@ def run_stage(
     if (source / DIALS_FILE).is_file():  # an untrained model has none
         dials.load(source)
     on_gpu = torch.cuda.is_available()
-    model, processor = load(source, attn_implementation="sdpa" if on_gpu else PLAIN_ATTENTION)
+    dtype = torch.bfloat16 if bf16_pays("cuda" if on_gpu else "cpu") else torch.float32
+    is_plain_faster = not on_gpu and dtype == torch.bfloat16
+    model, processor = load(source, attn_implementation=PLAIN_ATTENTION if is_plain_faster else "sdpa")
     if name == "s1.1" and checkpoint is None:
         copy_text_experts(model)
     choose_trained(model, name)
@@ -373,7 +338,7 @@ def run_stage(
         train_dataset=PackedSamples(processor, weights, dials.difficulty, first_seed=dials.num_answers),
         processing_class=processor,
         dials=dials,
-        dtype=torch.bfloat16 if bf16_pays("cuda" if on_gpu else "cpu") else torch.float32,
+        dtype=dtype,
         callbacks=[Progress(dials, folder, deadline)],
     )
     steps_done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
