@@ -413,7 +413,7 @@ class NaViLImageProcessor(BaseImageProcessor):
         if not images:
             raise ValueError("expected at least one image, got none")
 
-        full_sizes, scales, grids, num_scales = [], [], [], []
+        full_sizes, packed, grids, num_scales = [], [], [], []
         cell = self.patch_size * self.merge_size
         num_tokens = num_text_tokens
         with ThreadPoolExecutor() as pool:  # Pillow resizes without holding the interpreter's lock
@@ -425,44 +425,53 @@ class NaViLImageProcessor(BaseImageProcessor):
                 num_tokens += count_slot_tokens(sizes, cell=cell)
                 if context_length is not None and num_tokens > context_length:
                     continue  # count on, for the error
-                # The largest scale takes longest, so it is begun first.
-                largest_first = pool.map(partial(self._scale_to_patches, picture.pixels), sizes[::-1])
-                for patches, grid in list(largest_first)[::-1]:
-                    scales.append(patches)
-                    grids.append(grid)
+                patches, grids_of_image = self._pack_scales(picture.pixels, sizes, pool)
+                packed.append(patches)
+                grids += grids_of_image
         if context_length is not None and num_tokens > context_length:
             one_size_each = [[size] for size in full_sizes]
             room = context_length - num_text_tokens
             fitting = largest_fitting_budget(one_size_each, cell, min_pixels, max_pixels, tau, room)
             raise context_error(num_tokens, context_length, len(images), fitting)
         data = {
-            "pixel_values": np.concatenate(scales),
+            "pixel_values": packed[0] if len(packed) == 1 else np.concatenate(packed),
             "image_grid_thw": np.array(grids, dtype=np.int64),
             "num_scales": np.array(num_scales, dtype=np.int64),
         }
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _scale_to_patches(self, image: Image.Image, size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
-        """Patches and grid of one scale, `size` being its (height, width) before padding."""
+    def _pack_scales(
+        self, image: Image.Image, sizes: Sequence[tuple[int, int]], pool: ThreadPoolExecutor
+    ) -> tuple[np.ndarray, list[list[int]]]:
+        """Patches (patches, 3 * p * p) and grids of all scales of an image, `sizes` being theirs before padding."""
+        cell = self.patch_size * self.merge_size
+        grids = [[1, *(self.merge_size * math.ceil(side / cell) for side in size)] for size in sizes]
+        ends = np.cumsum([math.prod(grid) for grid in grids])
+        packed = np.empty((ends[-1], 3 * self.patch_size**2), dtype=np.float32)
+        parts = np.split(packed, ends[:-1])
+        # The largest scale takes longest, so it is begun first.
+        for _ in pool.map(partial(self._write_patches, image), sizes[::-1], parts[::-1]):
+            pass  # raises here what was raised there
+        return packed, grids
+
+    def _write_patches(self, image: Image.Image, size: tuple[int, int], patches: np.ndarray) -> None:
+        """Fills in the patches (patches, 3 * p * p) of one scale, `size` being its (height, width) before padding."""
         height, width = size
         cell = self.patch_size * self.merge_size
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        pad_bottom, pad_right = -height % cell, -width % cell
-        pixels = np.pad(np.asarray(image), ((0, pad_bottom), (0, pad_right), (0, 0)))
+        pixels = np.pad(np.asarray(image), ((0, -height % cell), (0, -width % cell), (0, 0)))
         area = self.patch_size**2
         channels = patchify(pixels, self.patch_size, self.merge_size).reshape(-1, 3, area)
         in_pairs = area % 2 == 0
         channels = channels.view(np.uint16) if in_pairs else channels
-        normalised = np.empty((len(channels), 3, area), dtype=np.float32)
+        normalised = patches.reshape(-1, 3, area)
         tables = [normalised_bytes(*values, in_pairs) for values in zip(self.image_mean, self.image_std, strict=True)]
         for start in range(0, len(channels), PATCHES_AT_ONCE):
             some = slice(start, start + PATCHES_AT_ONCE)
             for channel, table in enumerate(tables):
                 looked_up = table.take(channels[some, channel], mode="clip")  # "clip": no check, all are inside
                 normalised[some, channel] = looked_up.view(np.float32)
-        grid = [1, pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size]
-        return normalised.reshape(-1, 3 * area), grid
 
 
 def _are_channel_values(values: Any) -> bool:

@@ -283,9 +283,9 @@ def test_fifty_images(short_context, monkeypatch):
     model, tokenizer = short_context.model, short_context.tokenizer
     images = [recorded_image(120, 90, seed) for seed in range(50)]
     made = []
-    scale_to_patches = NaViLImageProcessor._scale_to_patches
-    count = lambda self, *args: made.append(args) or scale_to_patches(self, *args)  # noqa: E731
-    monkeypatch.setattr(type(model.image_processor), "_scale_to_patches", count)
+    write_patches = NaViLImageProcessor._write_patches
+    count = lambda self, *args: made.append(args) or write_patches(self, *args)  # noqa: E731
+    monkeypatch.setattr(type(model.image_processor), "_write_patches", count)
     tokens, suggested = refusal(lambda: model.chat(tokenizer, images, "What?", ONE_TOKEN))
     assert tokens > 50 * 12 and suggested is None
     assert 0 < len(made) < 50  # no more patches than fit
