@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+import demo
 from navil_modules import CODE_FILES
 
 
@@ -182,12 +183,16 @@ def test_use_flash_attn_chooses_the_attention(recording, monkeypatch):
         load(use_flash_attn=True)
 
 
-def test_demo_streams_an_answer(recording, tmp_path):
+def test_demo_streams_an_answer(recording, tmp_path, capsys):
     recorded_image(120, 90, 0).save(tmp_path / "image.png")
-    command = [sys.executable, ROOT / "demo.py", "--model", recording.folder, "--question", "What is this?"]
-    for image in ([], ["--image", tmp_path / "image.png"], ["--image", tmp_path / "image.png"] * 2):
-        options = [*command, "--max-new-tokens", "8", *image]
-        finished = subprocess.run(list(map(str, options)), capture_output=True, timeout=300)
-        assert finished.returncode == 0 and finished.stdout.strip()
-    finished = subprocess.run(list(map(str, [*command, "--image", "none.png"])), capture_output=True, timeout=300)
-    assert finished.returncode == 1 and b"cannot read an image from 'none.png'" in finished.stderr
+    image = ["--image", str(tmp_path / "image.png")]
+    options = ["--model", str(recording.folder), "--question", "What is this?", "--max-new-tokens", "8"]
+    finished = subprocess.run([sys.executable, ROOT / "demo.py", *options, *image], capture_output=True, timeout=300)
+    assert finished.returncode == 0
+    answers = [finished.stdout.decode()]
+    for images in (image, [], image * 2):
+        assert demo.main([*options, *images]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and all(answer.strip() for answer in answers)
+    assert demo.main([*options, "--image", "none.png"]) == 1
+    assert "cannot read an image from 'none.png'" in capsys.readouterr().err
