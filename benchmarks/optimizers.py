@@ -31,8 +31,7 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.
 
 
 def muon(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    dtype = torch.bfloat16 if train.bf16_pays("cpu") else torch.float32
-    return MuonWithAdamW(model, learning_rate, weight_decay, dtype)
+    return MuonWithAdamW(model, learning_rate, weight_decay, train.faster_dtype("cpu"))
 
 
 OPTIMIZERS = {"AdamW": adamw, "Muon": muon}
@@ -56,9 +55,10 @@ def train_on(folder: Path, batches: Sequence[dict[str, Tensor]], name: str) -> t
     optimizer = OPTIMIZERS[name](model, stage.learning_rate, stage.weight_decay)
     warmup, decay = len(batches) // 10, len(batches) // 4
     schedule = get_wsd_schedule(optimizer, warmup, decay, num_training_steps=len(batches))
+    in_bf16 = train.faster_dtype("cpu") == torch.bfloat16
     losses, start = [], time.perf_counter()
     for batch in tqdm(batches, desc=name, disable=None):
-        with torch.autocast("cpu", torch.bfloat16, enabled=train.bf16_pays("cpu")):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
             loss = model(**train.model_inputs(batch)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

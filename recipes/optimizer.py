@@ -51,7 +51,9 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, matrix: Tensor, lr: float, weight_decay: float) -> None:
         state = self.state[matrix]
-        momentum = state.setdefault("momentum_buffer", torch.zeros_like(matrix))
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        momentum = state["momentum_buffer"]
         momentum.lerp_(matrix.grad, 1 - self.MOMENTUM)
         direction = orthogonalize(matrix.grad.lerp(momentum, self.MOMENTUM), self.dtype)
         matrix.mul_(1 - lr * weight_decay)

@@ -102,9 +102,9 @@ class Dials:
                 continue
             opens_at, difficulty = OPEN_AT[ALL_TASKS[task]], float(self.difficulty[task])
             if self.score[task] >= opens_at:
-                changed = min(1.0, difficulty + self.STEP)
+                changed = min(1.0, round(difficulty + self.STEP, 4))  # float32 would drift
             elif self.score[task] < opens_at - self.CLOSE_BELOW:
-                changed = max(0.0, difficulty - self.STEP)
+                changed = max(0.0, round(difficulty - self.STEP, 4))
             else:
                 continue
             self.difficulty[task], self.since_change[task] = changed, 0
@@ -117,7 +117,7 @@ class Dials:
         """Writes the file whole or not at all: a checkpoint that has it is complete."""
         state = {
             "num_answers": self.num_answers,
-            "difficulty": {task: round(d, 4) for task, d in zip(ALL_TASKS, self.difficulty.tolist(), strict=True)},
+            "difficulty": dict(zip(ALL_TASKS, self.difficulty.tolist(), strict=True)),
             "score": dict(zip(ALL_TASKS, self.score, strict=True)),
         }
         part = folder / f"{DIALS_FILE}.part"
@@ -246,16 +246,16 @@ def choose_trained(model: nn.Module, stage: str) -> None:
         parameter.requires_grad_(name.startswith("language_model.") and ".visual." not in name)
 
 
-def bf16_pays(device: str) -> bool:
-    """Whether bf16 matrix products are faster here than float32's, which many CPUs do a hundred times as fast."""
+def faster_dtype(device: str) -> torch.dtype:
+    """Of bf16 and float32, whose matrix products are faster here; many CPUs do float32's a hundred times as fast."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(512, 512, dtype=dtype)
         timer = benchmark.Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
         seconds[dtype] = timer.timeit(5).median
-    return seconds[torch.bfloat16] < seconds[torch.float32]
+    return min(seconds, key=seconds.get)
 
 
 def training_arguments(stage: Stage, folder: Path, steps: int, save_steps: int) -> TrainingArguments:
@@ -322,7 +322,7 @@ def run_stage(
     if (source / DIALS_FILE).is_file():  # an untrained model has none
         dials.load(source)
     on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if bf16_pays("cuda" if on_gpu else "cpu") else torch.float32
+    dtype = faster_dtype("cuda" if on_gpu else "cpu")
     is_plain_faster = not on_gpu and dtype == torch.bfloat16
     model, processor = load(source, attn_implementation=PLAIN_ATTENTION if is_plain_faster else "sdpa")
     if name == "s1.1" and checkpoint is None:
