@@ -31,17 +31,17 @@ EMPTY_WEIGHT = 0.1  # of the empty ones: they are many and easy
 PLACE_WEIGHT = 0.3  # of those that are asked where they are
 
 
-def label_cells(picture: Picture, processor: Any) -> tuple[Tensor, Tensor]:
+def label_cells(picture: Picture, processor: Any, as_is: bool = False) -> tuple[Tensor, Tensor]:
     """Ids and weights (cells,) of what the merged cells of all scales show, in the order of the visual tokens.
 
     Where several marks are in one cell, its label is one of them, any, or of the areas around it. Of a picture without
-    marks all labels are -100.
+    marks all labels are -100. `as_is`: the picture has one scale, its own size.
     """
     sight = processor.image_processor
     cell = sight.patch_size * sight.merge_size
     width, height = picture.image.size
     budget = (sight.min_pixels, sight.max_pixels, sight.scale_downsample_ratio)
-    scales = image_processing.plan_scales(height, width, cell, *budget)
+    scales = [(height, width)] if as_is else image_processing.plan_scales(height, width, cell, *budget)
     areas = (*picture.areas, *side_areas(picture))
     shown, around = (
         np.concatenate([choose_marks(marks, (height, width), scale, cell) for scale in scales])

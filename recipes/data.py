@@ -5,6 +5,7 @@
 Packed samples do not see each other: every row carries a block-diagonal causal mask and positions that start anew.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,11 +18,16 @@ from torch.utils.data import IterableDataset
 from navil_modules import processing, tokenization
 
 from .cells import label_cells
+from .close_ups import SHARE, SHARES, close_up
 from .tasks import DESCRIBE, PAGE, TASKS, Sample, make_sample, make_text_sample
 
 TEXT_PRETRAINING = "pretrain_text"
 ALL_TASKS = (*TASKS, DESCRIBE, TEXT_PRETRAINING, PAGE)
 """Every kind of sample; a task's place in it is its index in batches and dials."""
+
+
+AS_IS = {"multi_scale": False, "min_pixels": 1, "max_pixels": 10**9}
+"""Settings of the image processor that keep a picture's size."""
 
 
 def draw(task: str, seed: int, difficulty: float) -> Sample:
@@ -70,7 +76,8 @@ def messages(turns: Sequence[tuple[str, str | None]], images: Sequence[Image.Ima
 def encode(sample: Sample, processor: Any) -> Encoded:
     """Ids of the whole conversation, with labels on every answer and the token that ends it, and on the cells."""
     turns = sample.turns or [("", "")]
-    conversation = processor.encode_conversation({"messages": messages(turns, sample.images)})
+    settings = AS_IS if sample.as_is else {}
+    conversation = processor.encode_conversation({"messages": messages(turns, sample.images)}, **settings)
     if not sample.turns:
         conversation.labels.fill_(processing.IGNORE_INDEX)
     cell_labels = torch.full_like(conversation.labels, processing.IGNORE_INDEX)
@@ -78,7 +85,9 @@ def encode(sample: Sample, processor: Any) -> Encoded:
     if sample.pictures:
         image_token_id = processor.tokenizer.convert_tokens_to_ids(tokenization.IMAGE_TOKEN)
         following = (conversation.input_ids == image_token_id).nonzero()[:, 0] + 1
-        labels, weights = zip(*(label_cells(picture, processor) for picture in sample.pictures), strict=True)
+        labels, weights = zip(
+            *(label_cells(picture, processor, sample.as_is) for picture in sample.pictures), strict=True
+        )
         cell_labels[following], cell_weight[following] = torch.cat(labels), torch.cat(weights)
     return Encoded(ALL_TASKS.index(sample.task), len(sample.turns), conversation, cell_labels, cell_weight)
 
@@ -167,6 +176,7 @@ class PackedSamples(IterableDataset):
         rows, row_length: shape of a batch, in tokens, but for a row that its filler may need; a longer sample has a
             longer row of its own.
         max_patches: patches of a batch, its filler aside; a larger picture comes alone.
+        close_ups: whether most pictures come as close-ups.
     """
 
     def __init__(
@@ -178,6 +188,7 @@ class PackedSamples(IterableDataset):
         rows: int = 4,
         row_length: int = 768,
         max_patches: int = 8192,
+        close_ups: bool = False,
     ):
         self.processor = processor
         self.weights = weights
@@ -186,6 +197,7 @@ class PackedSamples(IterableDataset):
         self.rows = rows
         self.row_length = row_length
         self.max_patches = max_patches
+        self.close_ups = close_ups
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         pad_id = self.processor.tokenizer.pad_token_id
@@ -204,7 +216,11 @@ class PackedSamples(IterableDataset):
         seed = self.first_seed + offset
         while True:
             task = ALL_TASKS[int(torch.multinomial(self.weights, 1, generator=generator))]
-            yield encode(draw(task, seed, float(self.difficulty[ALL_TASKS.index(task)])), self.processor)
+            sample = draw(task, seed, float(self.difficulty[ALL_TASKS.index(task)]))
+            rng = random.Random(seed)
+            if self.close_ups and rng.random() < SHARES.get(task, SHARE):
+                sample = close_up(rng, sample, self.processor)
+            yield encode(sample, self.processor)
             seed += step
 
     def _place(self, rows: list[list[Encoded]], sample: Encoded) -> bool:

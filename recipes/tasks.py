@@ -214,12 +214,16 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation about images (RGB), which stand in front of its first question."""
+    """One conversation about images (RGB), which stand in front of its first question.
+
+    `as_is`: the model gets the images in their own size, at one scale.
+    """
 
     task: str
     pictures: list[Picture]
     turns: list[tuple[str, str]]
     accepted: list[Accepted]  # one for each turn
+    as_is: bool = False
 
     @property
     def images(self) -> list[Image.Image]:

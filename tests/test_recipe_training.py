@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ pytest.importorskip("matplotlib")
 from PIL import Image  # noqa: E402
 
 from navil_modules import processing  # noqa: E402
-from recipes import blueprint, cells, data, optimizer, plot, publish, train  # noqa: E402
+from recipes import blueprint, cells, close_ups, data, optimizer, plot, publish, train  # noqa: E402
 from recipes.drawing import Mark, Picture  # noqa: E402
-from recipes.tasks import PAGE, TASKS, make_sample  # noqa: E402
+from recipes.tasks import PAGE, TASKS, Accepted, Sample, make_sample  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +262,51 @@ def test_a_page_trains_its_cells_alone(processor):
     assert (batch["loss_weight"] > 0).equal((batch["labels"] >= 0) | (batch["cell_labels"] >= 0))
 
 
+@pytest.mark.parametrize("task", [task for task in data.ALL_TASKS if task not in ("text_only", data.TEXT_PRETRAINING)])
+def test_close_ups_are_smaller_and_ask_the_same(processor, task):
+    patches = {"close": 0, "whole": 0}
+    for seed in range(6):
+        sample = data.draw(task, seed, 1.0)
+        close = close_ups.close_up(random.Random(seed), sample, processor)
+        if not all(picture.marks for picture in sample.pictures):  # a chart by matplotlib itself
+            assert close is sample
+            continue
+        assert (close.turns, close.accepted) == (sample.turns, sample.accepted) and close.as_is
+        for before, after in zip(sample.pictures, close.pictures, strict=True):
+            assert [mark.text for mark in after.marks] == [mark.text for mark in before.marks]
+            assert len(after.areas) == len(before.areas)
+            width, height = after.image.size
+            for left, top, right, bottom in (mark.box for mark in after.marks):
+                assert -8 < left < right < width + 8 and -8 < top < bottom < height + 8
+            smallest = min(min(box[3] - box[1], box[2] - box[0] + 99 * (len(text) == 1)) for text, box in after.marks)
+            assert smallest <= max(close_ups.LETTERS[1], close_ups.SHAPES[1])
+        encoded = data.encode(close, processor)
+        assert len(encoded.conversation.images["image_grid_thw"]) == len(close.images)  # one scale each
+        ids = encoded.conversation.input_ids
+        is_visual = ids == processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+        assert ((encoded.cell_labels[1:] >= 0) == is_visual[:-1]).all()
+        patches["close"] += encoded.num_patches
+        patches["whole"] += data.encode(sample, processor).num_patches
+    assert patches["close"] < patches["whole"] * (0.2 if task in ("text", PAGE) else 1)
+
+
+def test_a_close_up_shows_the_pixels_under_its_marks(processor):
+    """A black square on white, seen at a quarter of its size and cut out."""
+    image = Image.new("RGB", (640, 320), "white")
+    image.paste("black", (320, 160, 400, 240))
+    sample = Sample("text", [Picture(image, (Mark("x", (320, 160, 400, 240)),))], [("?", "x")], [Accepted()])
+    for seed in range(8):
+        [picture] = close_ups.close_up(random.Random(seed), sample, processor).pictures
+        left, top, right, bottom = picture.marks[0].box
+        assert close_ups.LETTERS[0] <= bottom - top <= close_ups.LETTERS[1]
+        assert right - left == pytest.approx(bottom - top)
+        shown = np.asarray(picture.image.convert("L")) < 128
+        rows, columns = (np.flatnonzero(shown.any(axis)) for axis in (1, 0))
+        assert (columns[0], rows[0]) == pytest.approx((left, top), abs=1)
+        assert (columns[-1] + 1, rows[-1] + 1) == pytest.approx((right, bottom), abs=1)
+        assert max(picture.image.size) <= bottom - top + 2 * (close_ups.MARGIN * 32 + 1)
+
+
 def test_cell_score_counts_what_is_not_empty():
     labels = torch.tensor([[-100, 3, 4, 0, 4]])
     logits = torch.nn.functional.one_hot(torch.tensor([[3, 4, 5, 5, 5]]), 6).float()
@@ -327,6 +373,7 @@ def test_stages_train_what_the_paper_says(model, stage):
         "s1.1": visual,
         "s1.2": visual | text_attention,
         "s2": set(names),
+        "s2.close": set(names),
     }[stage]
     assert trained == expected and text_attention and visual
 
@@ -334,14 +381,14 @@ def test_stages_train_what_the_paper_says(model, stage):
 def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     runs = str(tmp_path / "runs")
     lengths = [f"--steps={stage}=20" for stage in train.STAGES]
-    monkeypatch.setattr(data.PackedSamples.__init__, "__defaults__", (0, 1, 64, 256))  # small batches
+    monkeypatch.setattr(data.PackedSamples.__init__, "__defaults__", (0, 1, 64, 256, False))  # small batches
     assert train.main(["--runs", runs, "--minutes", "0", "--save-steps", "1", *lengths]) == 0
     assert (tmp_path / "runs" / "text" / "checkpoint-1" / "dials.json").is_file()
     cut_off = tmp_path / "runs" / "text" / "checkpoint-2"  # killed while it was being saved
     cut_off.mkdir()
     (cut_off / "model.safetensors").write_bytes(b"half")
     assert train.main(["--runs", runs, "--save-steps", "20", *lengths]) == 0
-    final = tmp_path / "runs" / "s2" / "final"
+    final = tmp_path / "runs" / "s2.close" / "final"
     assert {"model.safetensors", "modeling_navil.py", "tokenizer.json", "dials.json"} <= {
         p.name for p in final.iterdir()
     }
@@ -360,11 +407,11 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     assert publish.main([str(final), str(tmp_path / "open"), "--count", "1"]) == 0
     assert list(json.loads((tmp_path / "open" / "evaluation.json").read_text())) == ["full"]
     assert (tmp_path / "open" / "README.md").read_text().count("| text |") == 1
-    more = ["--runs", str(tmp_path / "more"), "--init", str(tmp_path / "published"), "--steps", "s2=2"]
+    more = ["--runs", str(tmp_path / "more"), "--init", str(tmp_path / "published"), "--steps", "s2.close=2"]
     assert train.main(more) == 0  # training goes on from what was published
     with pytest.raises(ValueError, match="trained already"):
         train.main(more)
-    dials = json.loads((tmp_path / "more" / "s2" / "final" / "dials.json").read_text())
+    dials = json.loads((tmp_path / "more" / "s2.close" / "final" / "dials.json").read_text())
     assert dials["num_answers"] > json.loads((tmp_path / "published" / "dials.json").read_text())["num_answers"]
     with pytest.raises(ValueError, match="'s3=1'"):
         train.main(["--runs", runs, "--steps", "s3=1"])
