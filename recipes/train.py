@@ -85,13 +85,17 @@ def closed_dials() -> Tensor:
 
 @dataclass
 class Dials:
-    """Difficulty of each task, opened step by step as the model gets its samples right, and closed as it fails."""
+    """Difficulty of each task, opened step by step as the model gets its samples right, and closed as it fails.
+
+    Where they are not `moving`, they stay as they are, and only scores are kept.
+    """
 
     difficulty: Tensor = field(default_factory=lambda: closed_dials().share_memory_())
     score: list[float] = field(default_factory=lambda: [0.0] * len(ALL_TASKS))
     since_change: list[int] = field(default_factory=lambda: [0] * len(ALL_TASKS))
     num_answers: int = 0
     cell_score: float = 0.0  # running share of the cells with something in them whose label is the most likely token
+    moving: bool = True
 
     SMOOTHING = 0.02
     STEP = 0.01
@@ -104,7 +108,7 @@ class Dials:
             self.num_answers += 1
             self.score[task] += self.SMOOTHING * (score - self.score[task])
             self.since_change[task] += 1
-            if self.since_change[task] < self.ANSWERS_PER_STEP:
+            if not self.moving or self.since_change[task] < self.ANSWERS_PER_STEP:
                 continue
             opens_at, difficulty = OPEN_AT[ALL_TASKS[task]], float(self.difficulty[task])
             if self.score[task] >= opens_at:
@@ -324,7 +328,7 @@ def run_stage(
     checkpoint = last_checkpoint(folder)
     source = checkpoint or start
     print(f"{name}: from {source}")
-    dials = Dials()
+    dials = Dials(moving=not stage.close_ups)  # a close-up is harder than its dial tells
     if (source / DIALS_FILE).is_file():  # an untrained model has none
         dials.load(source)
     on_gpu = torch.cuda.is_available()

@@ -123,6 +123,9 @@ def test_a_dial_is_open_after_all_its_steps():
     answers = round(1 / dials.STEP) * dials.ANSWERS_PER_STEP
     dials.record(torch.full((answers,), text), torch.ones(answers))
     assert dials.difficulty[text] == 1
+    still = train.Dials(moving=False)
+    still.record(torch.full((answers,), text), torch.ones(answers))
+    assert still.difficulty[text] == 0 and still.score[text] > 0.9 and still.num_answers == answers
 
 
 def test_dials_open_with_progress_close_with_failure_and_survive_saving(tmp_path):
