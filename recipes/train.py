@@ -49,6 +49,7 @@ class Stage:
     weight_decay: float
     decay: float = 0.0  # share of the steps, the last ones, over which the learning rate falls to 0
     close_ups: bool = False
+    start_share: float = 0.0  # of the weights it started from, in those it ends with
 
 
 PICTURES = {"text": 0.32, "receipt": 0.2, "chart": 0.14, "scene": 0.1, "grounding": 0.26}
@@ -64,7 +65,7 @@ STAGES = {
     "s1.1": Stage(PICTURES, 1000, 1e-3, 0.05),
     "s1.2": Stage(WITH_TEXT, 500, 1e-3, 0.1),
     "s2": Stage(WITH_TEXT, 60000, 7e-4, 0.01, decay=0.3),
-    "s2.close": Stage(CLOSE_UPS, 10000, 7e-4, 0.01, decay=0.3, close_ups=True),
+    "s2.close": Stage(CLOSE_UPS, 10000, 7e-4, 0.01, decay=0.3, close_ups=True, start_share=0.5),
 }
 LAST_STAGE = list(STAGES)[-1]
 
@@ -358,8 +359,18 @@ def run_stage(
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         steps_done = trainer.state.global_step
     if steps_done >= steps:
+        if stage.start_share:
+            mix_in(model, start, stage.start_share)
         finish(trainer, dials, folder)
     return steps_done >= steps
+
+
+def mix_in(model: nn.Module, folder: Path, share: float) -> None:
+    """Moves every weight by `share` of its way to the folder's (Wortsman et al. 2022, arXiv 2109.01903)."""
+    others = dict(load(folder)[0].named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.lerp_(others[name].to(parameter.device), share)
 
 
 def finish(trainer: Trainer, dials: Dials, folder: Path) -> None:

@@ -12,6 +12,7 @@ from conftest import relative_error
 pytest.importorskip("matplotlib")
 
 from PIL import Image  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from navil_modules import processing  # noqa: E402
 from recipes import blueprint, cells, close_ups, data, optimizer, plot, publish, train  # noqa: E402
@@ -395,10 +396,14 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     assert {"model.safetensors", "modeling_navil.py", "tokenizer.json", "dials.json"} <= {
         p.name for p in final.iterdir()
     }
+    folders = (final, tmp_path / "runs" / "s2" / "final", final.parent / "checkpoint-20")
+    ended, before, after = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.allclose(ended[name], (before[name] + after[name]) / 2, atol=1e-6) for name in ended)
+    assert any(not torch.equal(before[name], after[name]) for name in ended)
     state = json.loads((tmp_path / "runs" / "text" / "checkpoint-20" / "trainer_state.json").read_text())
     assert state["global_step"] == 20
     assert plot.main([runs, "--output", str(tmp_path / "training.png")]) == 0
-    assert Image.open(tmp_path / "training.png").size == (1200, 1200)
+    assert Image.open(tmp_path / "training.png").size == (1200, 300 * len(train.STAGES))
     assert publish.main([str(final), str(tmp_path / "published"), "--count", "2"]) == 0
     report = json.loads((tmp_path / "published" / "evaluation.json").read_text())
     assert list(report["full"]) == list(report["at dials"]) == list(TASKS)
