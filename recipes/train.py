@@ -280,7 +280,7 @@ def training_arguments(stage: Stage, folder: Path, steps: int, save_steps: int) 
         warmup_steps=100,
         weight_decay=stage.weight_decay,
         use_cpu=not on_gpu,
-        logging_steps=20,
+        logging_steps=min(20, steps),
         save_steps=save_steps,
         save_total_limit=2,
         remove_unused_columns=False,

@@ -282,8 +282,11 @@ def test_close_ups_are_smaller_and_ask_the_same(processor, task):
             width, height = after.image.size
             for left, top, right, bottom in (mark.box for mark in after.marks):
                 assert -8 < left < right < width + 8 and -8 < top < bottom < height + 8
-            smallest = min(min(box[3] - box[1], box[2] - box[0] + 99 * (len(text) == 1)) for text, box in after.marks)
-            assert smallest <= max(close_ups.LETTERS[1], close_ups.SHAPES[1])
+            shows_letters = all(len(mark.text) == 1 for mark in after.marks)
+            sides = [
+                side for *_, box in after.marks for side in (box[3] - box[1], box[2] - box[0])[: 2 - shows_letters]
+            ]
+            assert min(sides) <= (close_ups.LETTERS if shows_letters else close_ups.SHAPES)[1] + 1e-6
         encoded = data.encode(close, processor)
         assert len(encoded.conversation.images["image_grid_thw"]) == len(close.images)  # one scale each
         ids = encoded.conversation.input_ids
@@ -295,7 +298,7 @@ def test_close_ups_are_smaller_and_ask_the_same(processor, task):
 
 
 def test_a_close_up_shows_the_pixels_under_its_marks(processor):
-    """A black square on white, seen at a quarter of its size and cut out."""
+    """A black square of 80 pixels on white, seen at less than half of its size and cut out."""
     image = Image.new("RGB", (640, 320), "white")
     image.paste("black", (320, 160, 400, 240))
     sample = Sample("text", [Picture(image, (Mark("x", (320, 160, 400, 240)),))], [("?", "x")], [Accepted()])
@@ -384,24 +387,24 @@ def test_stages_train_what_the_paper_says(model, stage):
 
 def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     runs = str(tmp_path / "runs")
-    lengths = [f"--steps={stage}=20" for stage in train.STAGES]
+    lengths = [f"--steps={stage}=4" for stage in train.STAGES]
     monkeypatch.setattr(data.PackedSamples.__init__, "__defaults__", (0, 1, 64, 256, False))  # small batches
     assert train.main(["--runs", runs, "--minutes", "0", "--save-steps", "1", *lengths]) == 0
     assert (tmp_path / "runs" / "text" / "checkpoint-1" / "dials.json").is_file()
     cut_off = tmp_path / "runs" / "text" / "checkpoint-2"  # killed while it was being saved
     cut_off.mkdir()
     (cut_off / "model.safetensors").write_bytes(b"half")
-    assert train.main(["--runs", runs, "--save-steps", "20", *lengths]) == 0
+    assert train.main(["--runs", runs, "--save-steps", "4", *lengths]) == 0
     final = tmp_path / "runs" / "s2.close" / "final"
     assert {"model.safetensors", "modeling_navil.py", "tokenizer.json", "dials.json"} <= {
         p.name for p in final.iterdir()
     }
-    folders = (final, tmp_path / "runs" / "s2" / "final", final.parent / "checkpoint-20")
+    folders = (final, tmp_path / "runs" / "s2" / "final", final.parent / "checkpoint-4")
     ended, before, after = (load_file(folder / "model.safetensors") for folder in folders)
     assert all(torch.allclose(ended[name], (before[name] + after[name]) / 2, atol=1e-6) for name in ended)
     assert any(not torch.equal(before[name], after[name]) for name in ended)
-    state = json.loads((tmp_path / "runs" / "text" / "checkpoint-20" / "trainer_state.json").read_text())
-    assert state["global_step"] == 20
+    state = json.loads((tmp_path / "runs" / "text" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
     assert plot.main([runs, "--output", str(tmp_path / "training.png")]) == 0
     assert Image.open(tmp_path / "training.png").size == (1200, 300 * len(train.STAGES))
     assert publish.main([str(final), str(tmp_path / "published"), "--count", "2"]) == 0
