@@ -203,11 +203,10 @@ def prefill_rows(bench: Bench, lengths: Sequence[int]) -> Iterator[Row]:
         yield bench.row("prefill", f"{length} tokens, three in four visual", mixed, others, floor)
 
 
-def decode_rows(bench: Bench, batches: Sequence[int], contexts: Sequence[int]) -> Iterator[Row]:
+def decode_rows(bench: Bench, batches: Sequence[int], contexts: Sequence[int], compiled: bool) -> Iterator[Row]:
     config = bench.config.text_config
     model = bench.build(modeling.NaViLForCausalLM, config)
     llm = baselines.plain_llm(config, bench.device, bench.dtype)
-    compiled = bench.device.type == "cuda"
     for kind in ("dynamic", "static"):
         for batch in batches:
             for context in contexts:
@@ -334,7 +333,7 @@ PARTS: dict[str, Callable[[Bench, argparse.Namespace], Iterator[Row]]] = {
     "images": lambda bench, options: image_rows(bench, PHOTO_SIZES),
     "vision": lambda bench, options: vision_rows(bench, VISION_CASES[: options.vision_cases]),
     "prefill": lambda bench, options: prefill_rows(bench, options.lengths),
-    "decode": lambda bench, options: decode_rows(bench, options.batches, options.contexts),
+    "decode": lambda bench, options: decode_rows(bench, options.batches, options.contexts, options.compile),
     "end to end": lambda bench, options: end_to_end_rows(bench),
 }
 
@@ -353,6 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="prefill, tokens (%(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="decoding (%(default)s)")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192], help="decoding, tokens (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="decode compiled on static caches; on a GPU always")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
     return parser
 
@@ -361,6 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     options.arguments = sys.argv[1:] if arguments is None else list(arguments)
     device = torch.device(options.device)
+    options.compile |= device.type == "cuda"
     dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     torch.manual_seed(0)
     bench = Bench(
