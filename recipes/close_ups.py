@@ -2,7 +2,8 @@
 
 A picture costs what its patches cost, and most patches of a large one are empty. A close-up is what the model would get
 of the picture's largest scale, reduced until its letters or shapes are as small as any that the model is asked about,
-and of text no more than what lies around the letters. Its answers are the same, and a line of text costs a twentieth.
+and where no answer is a place, no more than what lies around them. Its answers are the same, and a line of text costs a
+twentieth.
 """
 
 import random
@@ -18,7 +19,7 @@ from .tasks import PAGE, Sample
 
 SHARE, SHARES = 0.8, {"text": 0.98}  # of the training pictures; the others are as the model gets them in use
 LETTERS, SHAPES = (9, 36), (16, 64)  # pixels: heights of lines, sides of shapes; log-uniform, never enlarged for it
-CUT_OUT = ("text", "receipt", PAGE)  # tasks whose answers are letters and do not depend on where these stand
+CUT_OUT = ("text", "receipt", "scene", "two_images", "two_turns", PAGE)  # whose answers do not depend on places
 MARGIN = 1.5  # merged cells, at most, around what is cut out
 
 

@@ -56,8 +56,8 @@ PICTURES = {"text": 0.32, "receipt": 0.2, "chart": 0.14, "scene": 0.1, "groundin
 PICTURES |= {"two_images": 0.14, "two_turns": 0.08, DESCRIBE: 0.06, PAGE: 0.22}
 WITH_TEXT = PICTURES | {"text_only": 0.14, TEXT_PRETRAINING: 0.05}
 # A text as a close-up costs a tenth of what other pictures cost, and what it teaches is what most of them lack.
-CLOSE_UPS = {"text": 0.7, "receipt": 0.07, "chart": 0.015, "scene": 0.04, "grounding": 0.04, "two_images": 0.015}
-CLOSE_UPS |= {"two_turns": 0.01, DESCRIBE: 0.01, PAGE: 0.06, "text_only": 0.02, TEXT_PRETRAINING: 0.005}
+CLOSE_UPS = {"text": 0.58, "receipt": 0.1, "chart": 0.02, "scene": 0.04, "grounding": 0.08, "two_images": 0.04}
+CLOSE_UPS |= {"two_turns": 0.02, DESCRIBE: 0.005, PAGE: 0.08, "text_only": 0.025, TEXT_PRETRAINING: 0.01}
 
 STAGES = {
     # The base LLM: formats, arithmetic and copying, from text alone.
@@ -130,6 +130,7 @@ class Dials:
             "num_answers": self.num_answers,
             "difficulty": dict(zip(ALL_TASKS, self.difficulty.tolist(), strict=True)),
             "score": dict(zip(ALL_TASKS, self.score, strict=True)),
+            "cell_score": self.cell_score,
         }
         part = folder / f"{DIALS_FILE}.part"
         part.write_text(json.dumps(state, indent=2) + "\n")
@@ -138,6 +139,7 @@ class Dials:
     def load(self, folder: Path) -> None:
         state = json.loads((folder / DIALS_FILE).read_text())
         self.num_answers = state["num_answers"]
+        self.cell_score = state.get("cell_score", 0.0)  # older runs did not keep it
         for index, task in enumerate(ALL_TASKS):
             if task in state["difficulty"]:  # else a task that the saved run did not have
                 self.difficulty[index], self.score[index] = state["difficulty"][task], state["score"][task]

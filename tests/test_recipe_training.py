@@ -140,11 +140,12 @@ def test_dials_open_with_progress_close_with_failure_and_survive_saving(tmp_path
     for _ in range(40):
         dials.record(torch.full((8,), text), torch.zeros(8))
     assert 0 < dials.difficulty[text] < opened
+    dials.record_cells(0.5)
     dials.save(tmp_path)
     loaded = train.Dials()
     loaded.load(tmp_path)
     assert torch.equal(loaded.difficulty, dials.difficulty) and loaded.num_answers == dials.num_answers == 960
-    assert loaded.score == dials.score
+    assert loaded.score == dials.score and loaded.cell_score == dials.cell_score > 0
 
 
 def test_answer_scores(processor):
