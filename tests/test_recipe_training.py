@@ -17,7 +17,7 @@ from safetensors.torch import load_file  # noqa: E402
 from navil_modules import processing  # noqa: E402
 from recipes import blueprint, cells, close_ups, data, optimizer, plot, publish, train  # noqa: E402
 from recipes.drawing import Mark, Picture  # noqa: E402
-from recipes.tasks import PAGE, TASKS, Accepted, Sample, make_sample  # noqa: E402
+from recipes.tasks import DESCRIBE, PAGE, TASKS, Accepted, Sample, make_sample  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +283,12 @@ def test_close_ups_are_smaller_and_ask_the_same(processor, task):
             width, height = after.image.size
             for left, top, right, bottom in (mark.box for mark in after.marks):
                 assert -8 < left < right < width + 8 and -8 < top < bottom < height + 8
+            if task in ("grounding", "chart", DESCRIBE):  # answers tell places, or take what is beside the marks
+                assert width / height == pytest.approx(before.image.width / before.image.height, rel=0.05)
+            else:
+                lefts, tops, rights, bottoms = zip(*(mark.box for mark in after.marks), strict=True)
+                room = 2 * (close_ups.MARGIN * 32 + 1)
+                assert width <= max(rights) - min(lefts) + room and height <= max(bottoms) - min(tops) + room
             shows_letters = all(len(mark.text) == 1 for mark in after.marks)
             sides = [
                 side for *_, box in after.marks for side in (box[3] - box[1], box[2] - box[0])[: 2 - shows_letters]
