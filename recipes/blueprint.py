@@ -2,6 +2,7 @@
 
 import re
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from navil_modules import configuration, image_processing, modeling, processing, tokenization
@@ -55,12 +56,12 @@ def build_tokenizer(words: list[str]):
 
 
 def build_config(tokenizer):
-    """9.4 M parameters: 4 vision blocks and 4 two-expert decoder layers, all of width 256."""
+    """13.8 M parameters: 6 vision blocks and 6 two-expert decoder layers, all of width 256."""
     return configuration.NaViLConfig(
         vision_config={
             "hidden_size": 256,
             "intermediate_size": 1024,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "layer_scale_init": 1.0,
         },
@@ -68,7 +69,7 @@ def build_config(tokenizer):
             "vocab_size": len(tokenizer),
             "hidden_size": 256,
             "intermediate_size": 640,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 64,
@@ -106,8 +107,10 @@ def build_processor(tokenizer, config):
 
 
 def load(folder, attn_implementation="sdpa"):
-    """Model and processor of a folder, with this repository's code: a published folder has none of its own."""
-    model = modeling.NaViLForConditionalGeneration.from_pretrained(folder, attn_implementation=attn_implementation)
+    """Model, in float32, and processor of a folder, with this repository's code: a published folder has none."""
+    model = modeling.NaViLForConditionalGeneration.from_pretrained(
+        folder, torch_dtype=torch.float32, attn_implementation=attn_implementation
+    )
     tokenizer = tokenization.NaViLTokenizer.from_pretrained(folder)
     image_processor = image_processing.NaViLImageProcessor.from_pretrained(folder)
     return model, processing.NaViLProcessor(image_processor, tokenizer)

@@ -7,6 +7,10 @@ letter and the tens of a chart's column, the sides of a shape. An empty cell bes
 chessboard, by its column or its row, which boxes are made of. Places have two digits, the tenth and the hundredth of
 the picture's width or height; a label is one of them, and its alphabet tells which. A label is predicted where an LLM
 predicts the next token, by the same output layer.
+
+Digits tell nothing of how near a wrong one is. So the cells of a shape are also asked for its sides as numbers,
+half-way through the decoder, where answers can still read them: along four fixed directions of the hidden states, for
+which the model has no weights of its own.
 """
 
 from math import ceil
@@ -14,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from navil_modules import image_processing, processing
@@ -37,11 +42,8 @@ def label_cells(picture: Picture, processor: Any, as_is: bool = False) -> tuple[
     Where several marks are in one cell, its label is one of them, any, or of the areas around it. Of a picture without
     marks all labels are -100. `as_is`: the picture has one scale, its own size.
     """
-    sight = processor.image_processor
-    cell = sight.patch_size * sight.merge_size
     width, height = picture.image.size
-    budget = (sight.min_pixels, sight.max_pixels, sight.scale_downsample_ratio)
-    scales = [(height, width)] if as_is else image_processing.plan_scales(height, width, cell, *budget)
+    scales, cell = seen_scales(picture, processor, as_is)
     areas = (*picture.areas, *side_areas(picture))
     shown, around = (
         np.concatenate([choose_marks(marks, (height, width), scale, cell) for scale in scales])
@@ -63,6 +65,29 @@ def label_cells(picture: Picture, processor: Any, as_is: bool = False) -> tuple[
     empty_weight = PLACE_WEIGHT if shows_shapes else EMPTY_WEIGHT
     weight = torch.where(is_empty, empty_weight / is_empty.sum() ** 0.5, (~is_empty).sum() ** -0.5)
     return labels, CELL_WEIGHT * weight
+
+
+def label_boxes(picture: Picture, processor: Any, as_is: bool = False) -> Tensor:
+    """(cells, 4) left, upper, right and lower side of the shape that each merged cell shows; NaN where it shows none.
+
+    In shares of the picture's width and height, in the order of the visual tokens.
+    """
+    width, height = picture.image.size
+    scales, cell = seen_scales(picture, processor, as_is)
+    shapes = tuple(mark for mark in picture.marks if len(mark.text) > 1)
+    shown = np.concatenate([choose_marks(shapes, (height, width), scale, cell) for scale in scales])
+    sides = torch.tensor([[*mark.box] for mark in shapes] + [[torch.nan] * 4])
+    return sides[shown] / torch.tensor([width, height, width, height])  # -1, no shape, is the last
+
+
+def seen_scales(picture: Picture, processor: Any, as_is: bool) -> tuple[list[tuple[int, int]], int]:
+    """(height, width) of the picture's scales, and the side of a merged cell, in pixels."""
+    sight = processor.image_processor
+    cell = sight.patch_size * sight.merge_size
+    width, height = picture.image.size
+    budget = (sight.min_pixels, sight.max_pixels, sight.scale_downsample_ratio)
+    scales = [(height, width)] if as_is else image_processing.plan_scales(height, width, cell, *budget)
+    return scales, cell
 
 
 def side_areas(picture: Picture) -> list[Mark]:
@@ -114,6 +139,22 @@ def _along(start: np.ndarray, end: np.ndarray, count: int) -> tuple[np.ndarray, 
     cells = np.arange(count)[:, None]
     middle = cells + 0.5
     return cells == np.floor((start + end) / 2), (start <= middle) & (middle < end)
+
+
+def place_directions(hidden_size: int) -> Tensor:
+    """(hidden_size, 4) orthonormal: the directions along which hidden states hold the sides of `label_boxes`."""
+    return torch.linalg.qr(torch.randn(hidden_size, 4, generator=torch.Generator().manual_seed(0)))[0]
+
+
+def place_error(hidden_states: Tensor, boxes: Tensor) -> Tensor:
+    """Mean distance of the sides that hidden states (B, L, D) hold from those of `boxes` (B, L, 4) that are not NaN.
+
+    In shares of the picture's width and height; 0 where all are NaN.
+    """
+    counted = ~boxes[..., 0].isnan()
+    normed = F.rms_norm(hidden_states[counted].float(), hidden_states.shape[-1:])
+    held = 0.5 + 0.5 * normed @ place_directions(hidden_states.shape[-1]).to(normed.device)
+    return (held - boxes[counted]).abs().sum() / max(1, held.numel())
 
 
 def token_of(text: str, tokenizer: Any) -> int:

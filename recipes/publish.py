@@ -10,15 +10,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from . import evaluate
 from .blueprint import load
 from .train import DIALS_FILE
 
+WEIGHTS = "model.safetensors"
 KEPT = (
-    *("config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"),
-    *("processor_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", DIALS_FILE),
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", DIALS_FILE),
 )
-"""Files of a published model; its code is in the repository's root."""
+"""Files of a published model besides its weights; its code is in the repository's root."""
 
 CARD = """\
 ---
@@ -63,15 +67,18 @@ The same table at these difficulties, by
 
 
 def publish(checkpoint: Path, destination: Path, count: int) -> None:
-    """Copies the model's files and writes its card.
+    """Copies the model's files, its weights in bf16, and writes its card, about the weights as they are then.
 
     Raises:
         ValueError: the checkpoint lacks a file.
     """
-    missing = [name for name in KEPT if not (checkpoint / name).is_file()]
+    missing = [name for name in (WEIGHTS, *KEPT) if not (checkpoint / name).is_file()]
     if missing:
         raise ValueError(f"{checkpoint} lacks {', '.join(missing)}")
     model, processor = load(checkpoint)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
     state = json.loads((checkpoint / DIALS_FILE).read_text())
     difficulty = state["difficulty"]
     full = evaluate.evaluate(model, processor, count)
@@ -82,6 +89,8 @@ def publish(checkpoint: Path, destination: Path, count: int) -> None:
     destination.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copyfile(checkpoint / name, destination / name)
+    weights = {name: weight.bfloat16() for name, weight in load_file(checkpoint / WEIGHTS).items()}
+    save_file(weights, destination / WEIGHTS, {"format": "pt"})
     (destination / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
     card = CARD.format(
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,

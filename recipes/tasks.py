@@ -258,15 +258,12 @@ class Scene:
         return sum(color in (None, shape.color) and kind in (None, shape.kind) for shape in self.shapes)
 
     def thousandths(self, shape: Shape) -> tuple[int, int, int, int]:
-        """The shape's box in thousandths of the width and height."""
-        left, top, right, bottom = shape.box
-        width, height = self.size
-        return (
-            round(1000 * left / width),
-            round(1000 * top / height),
-            round(1000 * right / width),
-            round(1000 * bottom / height),
-        )
+        return thousandths(shape.box, self.size)
+
+
+def thousandths(box: tuple[float, ...], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """A box of pixels in thousandths of the picture's (width, height)."""
+    return tuple(round(1000 * side / length) for side, length in zip(box, 2 * size, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------- questions

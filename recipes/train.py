@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from navil_modules import modeling
 
 from .blueprint import build_model, build_processor, build_tokenizer, load, question_words
-from .cells import EMPTY, token_of
+from .cells import EMPTY, place_error, token_of
 from .data import ALL_TASKS, TEXT_PRETRAINING, PackedSamples, answer_index
 from .optimizer import MuonWithAdamW
 from .tasks import DESCRIBE, PAGE
@@ -56,8 +56,8 @@ PICTURES = {"text": 0.32, "receipt": 0.2, "chart": 0.14, "scene": 0.1, "groundin
 PICTURES |= {"two_images": 0.14, "two_turns": 0.08, DESCRIBE: 0.06, PAGE: 0.22}
 WITH_TEXT = PICTURES | {"text_only": 0.14, TEXT_PRETRAINING: 0.05}
 # A text as a close-up costs a tenth of what other pictures cost, and what it teaches is what most of them lack.
-CLOSE_UPS = {"text": 0.58, "receipt": 0.1, "chart": 0.02, "scene": 0.04, "grounding": 0.08, "two_images": 0.04}
-CLOSE_UPS |= {"two_turns": 0.02, DESCRIBE: 0.005, PAGE: 0.08, "text_only": 0.025, TEXT_PRETRAINING: 0.01}
+CLOSE_UPS = {"text": 0.5, "receipt": 0.12, "chart": 0.04, "scene": 0.04, "grounding": 0.13, "two_images": 0.05}
+CLOSE_UPS |= {"two_turns": 0.02, DESCRIBE: 0.005, PAGE: 0.06, "text_only": 0.025, TEXT_PRETRAINING: 0.01}
 
 STAGES = {
     # The base LLM: formats, arithmetic and copying, from text alone.
@@ -68,7 +68,7 @@ STAGES = {
     "s2.close": Stage(CLOSE_UPS, 10000, 7e-4, 0.01, decay=0.3, close_ups=True, start_share=0.5),
 }
 LAST_STAGE = list(STAGES)[-1]
-
+PLACE_ERROR_WEIGHT = 2.0
 
 # A dial opens when the running score of its task is at least this, and closes when it is far below. The score is the
 # share of answers that are right as a whole; of long answers it is the share of tokens, and of boxes that of the first
@@ -96,6 +96,7 @@ class Dials:
     since_change: list[int] = field(default_factory=lambda: [0] * len(ALL_TASKS))
     num_answers: int = 0
     cell_score: float = 0.0  # running share of the cells with something in them whose label is the most likely token
+    place_error: float = 0.0  # running mean of `cells.place_error`
     moving: bool = True
 
     SMOOTHING = 0.02
@@ -120,9 +121,10 @@ class Dials:
                 continue
             self.difficulty[task], self.since_change[task] = changed, 0
 
-    def record_cells(self, share: float) -> None:
+    def record_cells(self, share: float, error: float) -> None:
         """Counts one batch."""
         self.cell_score += self.SMOOTHING * (share - self.cell_score)
+        self.place_error += self.SMOOTHING * (error - self.place_error)
 
     def save(self, folder: Path) -> None:
         """Writes the file whole or not at all: a checkpoint that has it is complete."""
@@ -131,6 +133,7 @@ class Dials:
             "difficulty": dict(zip(ALL_TASKS, self.difficulty.tolist(), strict=True)),
             "score": dict(zip(ALL_TASKS, self.score, strict=True)),
             "cell_score": self.cell_score,
+            "place_error": self.place_error,
         }
         part = folder / f"{DIALS_FILE}.part"
         part.write_text(json.dumps(state, indent=2) + "\n")
@@ -139,7 +142,7 @@ class Dials:
     def load(self, folder: Path) -> None:
         state = json.loads((folder / DIALS_FILE).read_text())
         self.num_answers = state["num_answers"]
-        self.cell_score = state.get("cell_score", 0.0)  # older runs did not keep it
+        self.cell_score, self.place_error = (state.get(name, 0.0) for name in ("cell_score", "place_error"))
         for index, task in enumerate(ALL_TASKS):
             if task in state["difficulty"]:  # else a task that the saved run did not have
                 self.difficulty[index], self.score[index] = state["difficulty"][task], state["score"][task]
@@ -171,7 +174,7 @@ def cell_score(logits: Tensor, labels: Tensor, empty_id: int) -> float:
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
     """What the model takes of a packed batch, the labels of answers and of cells in one."""
-    inputs = {name: x for name, x in batch.items() if name not in ("task_index", "cell_labels")}
+    inputs = {name: x for name, x in batch.items() if name not in ("task_index", "cell_labels", "cell_boxes")}
     labels = torch.where(batch["cell_labels"] < 0, batch["labels"], batch["cell_labels"])
     return inputs | {"labels": labels, "use_cache": False}
 
@@ -201,12 +204,16 @@ class PackedTrainer(Trainer):
         tasks, answers, cells = (inputs[name] for name in ("task_index", "labels", "cell_labels"))
         # Autocast keeps the residual stream in float32 and casts around every layer; one cast of the weights does not.
         weights = {name: parameter.to(self.dtype) for name, parameter in model.named_parameters()}
-        outputs = torch.func.functional_call(model, weights, kwargs=model_inputs(inputs))
+        settings = model_inputs(inputs) | {"output_hidden_states": True}
+        outputs = torch.func.functional_call(model, weights, kwargs=settings)
+        half_way = outputs.hidden_states[model.config.text_config.num_hidden_layers // 2]
+        error = place_error(half_way, inputs["cell_boxes"])
         with torch.no_grad():
             digit_ids = self.digit_ids.to(tasks.device)
             self.dials.record(tasks, answer_scores(outputs.logits, answers, tasks, digit_ids))
-            self.dials.record_cells(cell_score(outputs.logits, cells, self.empty_id))
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+            self.dials.record_cells(cell_score(outputs.logits, cells, self.empty_id), float(error))
+        loss = outputs.loss + PLACE_ERROR_WEIGHT * error
+        return (loss, outputs) if return_outputs else loss
 
 
 class Progress(TrainerCallback):
@@ -228,6 +235,7 @@ class Progress(TrainerCallback):
                 "answers": self.dials.num_answers,
                 **logs,
                 "cells": round(self.dials.cell_score, 3),
+                "places": round(self.dials.place_error, 4),
                 "tasks": tasks,
             }
             with (self.folder / LOG_FILE).open("a") as log:

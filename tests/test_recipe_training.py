@@ -15,9 +15,9 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from navil_modules import processing  # noqa: E402
-from recipes import blueprint, cells, close_ups, data, optimizer, plot, publish, train  # noqa: E402
+from recipes import blueprint, cells, close_ups, data, deepen, optimizer, plot, publish, train  # noqa: E402
 from recipes.drawing import Mark, Picture  # noqa: E402
-from recipes.tasks import DESCRIBE, PAGE, TASKS, Accepted, Sample, make_sample  # noqa: E402
+from recipes.tasks import DESCRIBE, PAGE, TASKS, Accepted, Sample, is_correct, make_sample, thousandths  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def drawn(processor, *tasks):
 
 def test_blueprint_size(model):
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert 5e6 < parameters < 10e6  # at most 40 MB in float32
+    assert 5e6 < parameters < 20e6  # at most 40 MB in bf16
     assert model.config.vision_config.visual_token_order == "raster"
 
 
@@ -82,7 +82,7 @@ def test_training_ids_begin_like_the_ids_that_chat_sees(model, processor, monkey
 def test_packed_samples_do_not_see_each_other(model, processor):
     samples = drawn(processor, "text", "text_only", "scene", "two_images", "two_turns")
     batch = data.pack([samples[:2], samples[2:]], processor.tokenizer.pad_token_id)
-    inputs = {name: x for name, x in batch.items() if name not in ("task_index", "labels", "cell_labels")}
+    inputs = {name: x for name, x in batch.items() if name not in ("task_index", "labels", "cell_labels", "cell_boxes")}
     with torch.no_grad():
         packed = model(**inputs, use_cache=False).logits
         for row, in_row in enumerate((samples[:2], samples[2:])):
@@ -140,7 +140,7 @@ def test_dials_open_with_progress_close_with_failure_and_survive_saving(tmp_path
     for _ in range(40):
         dials.record(torch.full((8,), text), torch.zeros(8))
     assert 0 < dials.difficulty[text] < opened
-    dials.record_cells(0.5)
+    dials.record_cells(0.5, 0.25)
     dials.save(tmp_path)
     loaded = train.Dials()
     loaded.load(tmp_path)
@@ -244,6 +244,40 @@ def test_shapes_are_areas_of_the_two_digits_of_their_four_sides():
     assert cells.side_areas(Picture(picture.image, (Mark("7", (0, 0, 9, 9)),))) == []
 
 
+def test_cells_of_a_shape_are_asked_for_its_sides(processor):
+    """A shape over 2 x 3 of 4 x 8 cells, named by two marks, and a letter, in one scale."""
+    shape, letter = (64, 32, 160, 96), (0, 0, 20, 28)
+    marks = (Mark("red", shape), Mark("star", shape), Mark("7", letter))
+    boxes = cells.label_boxes(Picture(Image.new("RGB", (256, 128)), marks), processor, as_is=True).view(4, 8, 4)
+    expected = torch.full((4, 8, 4), torch.nan)
+    expected[1:3, 2:5] = torch.tensor([0.25, 0.25, 0.625, 0.75])
+    assert torch.equal(boxes.nan_to_num(-1), expected.nan_to_num(-1))
+    sample = data.draw("two_images", 0, 1.0)
+    encoded = data.encode(sample, processor)
+    is_visual = encoded.conversation.input_ids == processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    expected = torch.cat([cells.label_boxes(picture, processor) for picture in sample.pictures])
+    assert torch.equal(encoded.cell_boxes[is_visual].nan_to_num(-1), expected.nan_to_num(-1))
+    assert encoded.cell_boxes[~is_visual].isnan().all() and not expected.isnan().all()
+
+
+def test_place_error_is_the_mean_distance_from_the_sides_asked_for():
+    directions = cells.place_directions(16)
+    assert torch.allclose(directions.T @ directions, torch.eye(4), atol=1e-6)
+    boxes = torch.tensor([[[0.1, 0.2, 0.5, 0.9], [torch.nan] * 4, [0.0, 0.0, 1.0, 1.0]]])
+    hidden = 2 * (boxes.nan_to_num(5) - 0.5) @ directions.T
+    hidden = hidden + (16 - hidden.pow(2).sum(-1, keepdim=True)).clamp(min=0).sqrt() * orthogonal_to(directions)
+    assert cells.place_error(7 * hidden, boxes) == pytest.approx(0, abs=1e-6)
+    assert cells.place_error(hidden, (boxes + 0.25)) == pytest.approx(0.25)
+    assert cells.place_error(hidden.requires_grad_(), boxes * torch.nan) == 0
+    cells.place_error(hidden, boxes + 0.25).backward()
+    assert hidden.grad[0, 0].any() and hidden.grad[0, 2].any() and not hidden.grad[0, 1].any()
+
+
+def orthogonal_to(directions):
+    other = torch.ones(len(directions)) - directions @ directions.sum(0)
+    return other / other.norm()
+
+
 def test_cells_of_a_picture_without_marks_are_not_labelled(processor):
     labels, weight = cells.label_cells(Picture(Image.new("RGB", (256, 128))), processor)
     assert (labels == processing.IGNORE_INDEX).all() and not weight.any()
@@ -276,16 +310,20 @@ def test_close_ups_are_smaller_and_ask_the_same(processor, task):
         if not all(picture.marks for picture in sample.pictures):  # a chart by matplotlib itself
             assert close is sample
             continue
-        assert (close.turns, close.accepted) == (sample.turns, sample.accepted) and close.as_is
+        assert close.as_is
+        if task == "grounding":
+            assert_boxes_moved(sample, close)
+        else:
+            assert (close.turns, close.accepted) == (sample.turns, sample.accepted)
         for before, after in zip(sample.pictures, close.pictures, strict=True):
             assert [mark.text for mark in after.marks] == [mark.text for mark in before.marks]
             assert len(after.areas) == len(before.areas)
             width, height = after.image.size
             for left, top, right, bottom in (mark.box for mark in after.marks):
                 assert -8 < left < right < width + 8 and -8 < top < bottom < height + 8
-            if task in ("grounding", "chart", DESCRIBE):  # answers tell places, or take what is beside the marks
+            if task in ("chart", DESCRIBE):  # answers take what is beside the marks
                 assert width / height == pytest.approx(before.image.width / before.image.height, rel=0.05)
-            else:
+            elif task != "grounding":
                 lefts, tops, rights, bottoms = zip(*(mark.box for mark in after.marks), strict=True)
                 room = 2 * (close_ups.MARGIN * 32 + 1)
                 assert width <= max(rights) - min(lefts) + room and height <= max(bottoms) - min(tops) + room
@@ -304,6 +342,32 @@ def test_close_ups_are_smaller_and_ask_the_same(processor, task):
     assert patches["close"] < patches["whole"] * (0.2 if task in ("text", PAGE) else 1)
 
 
+def assert_boxes_moved(sample, close):
+    """Every box is that of the same mark, in thousandths of what is left of the picture."""
+    [before], [after] = sample.pictures, close.pictures
+    marks = [mark.box for mark in before.marks]
+    for turn, (question, answer) in enumerate(sample.turns):
+        index = [thousandths(box, before.image.size) for box in marks].index(sample.accepted[turn].box)
+        moved = close.accepted[turn].box
+        # A close-up has whole pixels, so its sides are up to half a pixel off.
+        assert thousandths(after.marks[index].box, after.image.size) == pytest.approx(
+            moved, abs=600 / min(after.image.size)
+        )
+        assert close.turns[turn] == (question, answer.replace(str(list(sample.accepted[turn].box)), str(list(moved))))
+        assert is_correct(close, turn, close.turns[turn][1])
+
+
+def test_close_ups_of_boxes_have_margins_of_all_sizes(processor):
+    shares = []
+    for seed in range(40):
+        sample = data.draw("grounding", seed, 1.0)
+        close = close_ups.close_up(random.Random(seed), sample, processor)
+        before, after = (one.pictures[0].marks[0].box for one in (sample, close))
+        scale = (after[2] - after[0]) / (before[2] - before[0])
+        shares.append(close.images[0].width / scale / sample.images[0].width)
+    assert min(shares) < 0.6 and max(shares) > 0.9 and max(shares) < 1.02
+
+
 def test_a_close_up_shows_the_pixels_under_its_marks(processor):
     """A black square of 80 pixels on white, seen at less than half of its size and cut out."""
     image = Image.new("RGB", (640, 320), "white")
@@ -319,6 +383,36 @@ def test_a_close_up_shows_the_pixels_under_its_marks(processor):
         assert (columns[0], rows[0]) == pytest.approx((left, top), abs=1)
         assert (columns[-1] + 1, rows[-1] + 1) == pytest.approx((right, bottom), abs=1)
         assert max(picture.image.size) <= bottom - top + 2 * (close_ups.MARGIN * 32 + 1)
+
+
+def test_a_deeper_model_answers_the_same_and_learns(tmp_path, processor, model):
+    shallow = copy.deepcopy(model)
+    shallow.language_model.model.norm.weight.data.uniform_(0.5, 2)
+    shallow.save_pretrained(tmp_path / "shallow")
+    processor.save_pretrained(tmp_path / "shallow")
+    train.Dials(num_answers=7).save(tmp_path / "shallow")
+    folders = [str(tmp_path / "shallow"), str(tmp_path / "deeper")]
+    assert deepen.main([*folders, "--vision", "8", "--text", "7"]) == 0
+    deeper, _ = blueprint.load(tmp_path / "deeper")
+    assert (len(deeper.vision_model.blocks), len(deeper.language_model.model.layers)) == (8, 7)
+    assert json.loads((tmp_path / "deeper" / "dials.json").read_text())["num_answers"] == 7
+    batch = data.pack([drawn(processor, "text", "text_only")], 0)
+    inputs = train.model_inputs(batch)
+    with torch.no_grad():
+        assert torch.allclose(deeper(**inputs).logits, shallow(**inputs).logits, atol=1e-5)
+    deeper.train()(**inputs).loss.backward()
+    for layer in (*deeper.vision_model.blocks, *deeper.language_model.model.layers):  # also those that add nothing yet
+        assert any(parameter.grad is not None and parameter.grad.any() for parameter in layer.parameters())
+    with pytest.raises(ValueError, match="6 layers can be given 6 or more, got 5"):
+        deepen.main([*folders, "--vision", "5", "--text", "7"])
+
+
+def test_a_deeper_encoder_attends_in_full_where_it_did(model):
+    windowed = copy.deepcopy(model)
+    windowed.config.vision_config.fullatt_block_indexes = [0, 5]
+    deeper = deepen.deepen(windowed, 9, 6).config.vision_config
+    assert deeper.fullatt_block_indexes == [0, 1, 8]
+    assert windowed.config.vision_config.num_hidden_layers == 6
 
 
 def test_cell_score_counts_what_is_not_empty():
@@ -415,6 +509,8 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     assert plot.main([runs, "--output", str(tmp_path / "training.png")]) == 0
     assert Image.open(tmp_path / "training.png").size == (1200, 300 * len(train.STAGES))
     assert publish.main([str(final), str(tmp_path / "published"), "--count", "2"]) == 0
+    published = load_file(tmp_path / "published" / "model.safetensors")
+    assert all(torch.equal(published[name], weight.bfloat16()) for name, weight in ended.items())
     report = json.loads((tmp_path / "published" / "evaluation.json").read_text())
     assert list(report["full"]) == list(report["at dials"]) == list(TASKS)
     assert report["full"]["two_turns"]["questions"] == 4
