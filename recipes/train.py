@@ -65,7 +65,7 @@ STAGES = {
     "s1.1": Stage(PICTURES, 1000, 1e-3, 0.05),
     "s1.2": Stage(WITH_TEXT, 500, 1e-3, 0.1),
     "s2": Stage(WITH_TEXT, 60000, 7e-4, 0.01, decay=0.3),
-    "s2.close": Stage(CLOSE_UPS, 10000, 7e-4, 0.01, decay=0.3, close_ups=True, start_share=0.5),
+    "s2.close": Stage(CLOSE_UPS, 10000, 7e-4, 0.01, decay=0.3, close_ups=True, start_share=0.25),
 }
 LAST_STAGE = list(STAGES)[-1]
 PLACE_ERROR_WEIGHT = 2.0
