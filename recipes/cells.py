@@ -76,12 +76,12 @@ def label_boxes(picture: Picture, processor: Any, as_is: bool = False) -> Tensor
     scales, cell = seen_scales(picture, processor, as_is)
     shapes = tuple(mark for mark in picture.marks if len(mark.text) > 1)
     shown = np.concatenate([choose_marks(shapes, (height, width), scale, cell) for scale in scales])
-    sides = torch.tensor([[*mark.box] for mark in shapes] + [[torch.nan] * 4])
+    sides = torch.tensor([mark.box for mark in shapes] + [(torch.nan,) * 4])
     return sides[shown] / torch.tensor([width, height, width, height])  # -1, no shape, is the last
 
 
 def seen_scales(picture: Picture, processor: Any, as_is: bool) -> tuple[list[tuple[int, int]], int]:
-    """(height, width) of the picture's scales, and the side of a merged cell, in pixels."""
+    """(height, width) of the picture's scales, smallest first, and the side of a merged cell, in pixels."""
     sight = processor.image_processor
     cell = sight.patch_size * sight.merge_size
     width, height = picture.image.size

@@ -3,7 +3,7 @@
 A picture costs what its patches cost, and most patches of a large one are empty. A close-up is what the model would get
 of the picture's largest scale, reduced until its letters or shapes are as small as any that the model is asked about,
 and without most of what lies around them. Its answers are the same, but boxes are told in what is left of the picture.
-A line of text costs a twentieth.
+A line of text costs a sixteenth.
 """
 
 import random
@@ -12,15 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from navil_modules import image_processing
-
+from .cells import seen_scales
 from .drawing import Box, Mark, Picture, log_uniform, shifted
 from .tasks import PAGE, Accepted, Sample, thousandths
 
-SHARE, SHARES = (
-    0.75,
-    {"text": 0.95, "grounding": 0.5},
-)  # of the training pictures; the others are as the model gets them in use
+# Of the training pictures; the others are as the model gets them in use.
+SHARE, SHARES = 0.75, {"text": 0.95, "grounding": 0.5}
 LETTERS, SHAPES = (11, 60), (16, 64)  # pixels: heights of lines, sides of shapes; log-uniform, never enlarged for it
 CUT_OUT = ("text", "receipt", "scene", "two_images", "two_turns", PAGE)  # whose answers do not depend on places
 MARGIN = 1.5  # merged cells, at most, around what is cut out
@@ -31,28 +28,24 @@ def close_up(rng: random.Random, sample: Sample, processor: Any) -> Sample:
     """The sample with smaller pictures, `as_is`; itself where it has no picture or one without marks."""
     if not sample.pictures or not all(picture.marks for picture in sample.pictures):
         return sample
-    sight = processor.image_processor
-    cell = sight.patch_size * sight.merge_size
-    scales = [_scale(rng, picture, cell, sight) for picture in sample.pictures]
-    windows = [
-        _window(rng, sample.task, picture, MARGIN * cell / scale)
-        for picture, scale in zip(sample.pictures, scales, strict=True)
-    ]
-    pictures = [_seen(*parts) for parts in zip(sample.pictures, windows, scales, strict=True)]
-    if sample.task == BOXES:
-        sample = _told_in(windows[0], sample)
+    pictures = []
+    for picture in sample.pictures:
+        scales, cell = seen_scales(picture, processor, as_is=False)
+        scale = _scale(rng, picture, scales[-1][1])
+        window = _window(rng, sample.task, picture, MARGIN * cell / scale)
+        pictures.append(_seen(picture, window, scale))
+        if sample.task == BOXES:
+            sample = _told_in(window, sample)
     return replace(sample, pictures=pictures, as_is=True)
 
 
-def _scale(rng: random.Random, picture: Picture, cell: int, sight: Any) -> float:
+def _scale(rng: random.Random, picture: Picture, seen_width: int) -> float:
     """How much smaller the picture is seen: at its largest scale, and its smallest mark within LETTERS or SHAPES."""
-    width, height = picture.image.size
-    _, seen_width = image_processing.plan_scales(height, width, cell, sight.min_pixels, sight.max_pixels, None)[0]
     shows_letters = all(len(mark.text) == 1 for mark in picture.marks)
     heights, widths = zip(*((box[3] - box[1], box[2] - box[0]) for _, box in picture.marks), strict=True)
     smallest = min(heights) if shows_letters else min(*heights, *widths)
     wanted = log_uniform(rng, *(LETTERS if shows_letters else SHAPES))
-    return min(seen_width / width, wanted / max(1, smallest))
+    return min(seen_width / picture.image.width, wanted / max(1, smallest))
 
 
 def _window(rng: random.Random, task: str, picture: Picture, margin: float) -> Box:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from . import evaluate
@@ -76,9 +75,7 @@ def publish(checkpoint: Path, destination: Path, count: int) -> None:
     if missing:
         raise ValueError(f"{checkpoint} lacks {', '.join(missing)}")
     model, processor = load(checkpoint)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16())
+    model.bfloat16().float()  # with the precision that is published
     state = json.loads((checkpoint / DIALS_FILE).read_text())
     difficulty = state["difficulty"]
     full = evaluate.evaluate(model, processor, count)

@@ -55,7 +55,7 @@ class Stage:
 PICTURES = {"text": 0.32, "receipt": 0.2, "chart": 0.14, "scene": 0.1, "grounding": 0.26}
 PICTURES |= {"two_images": 0.14, "two_turns": 0.08, DESCRIBE: 0.06, PAGE: 0.22}
 WITH_TEXT = PICTURES | {"text_only": 0.14, TEXT_PRETRAINING: 0.05}
-# A text as a close-up costs a tenth of what other pictures cost, and what it teaches is what most of them lack.
+# A text as a close-up costs a fifth or less of what other pictures cost, and what it teaches is what most of them lack.
 CLOSE_UPS = {"text": 0.5, "receipt": 0.12, "chart": 0.04, "scene": 0.04, "grounding": 0.13, "two_images": 0.05}
 CLOSE_UPS |= {"two_turns": 0.02, DESCRIBE: 0.005, PAGE: 0.06, "text_only": 0.025, TEXT_PRETRAINING: 0.01}
 
@@ -68,7 +68,7 @@ STAGES = {
     "s2.close": Stage(CLOSE_UPS, 10000, 7e-4, 0.01, decay=0.3, close_ups=True, start_share=0.25),
 }
 LAST_STAGE = list(STAGES)[-1]
-PLACE_ERROR_WEIGHT = 2.0
+PLACE_ERROR_WEIGHT = 2.0  # against the loss on labels; its gradient is then as large as theirs
 
 # A dial opens when the running score of its task is at least this, and closes when it is far below. The score is the
 # share of answers that are right as a whole; of long answers it is the share of tokens, and of boxes that of the first

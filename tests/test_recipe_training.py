@@ -82,9 +82,8 @@ def test_training_ids_begin_like_the_ids_that_chat_sees(model, processor, monkey
 def test_packed_samples_do_not_see_each_other(model, processor):
     samples = drawn(processor, "text", "text_only", "scene", "two_images", "two_turns")
     batch = data.pack([samples[:2], samples[2:]], processor.tokenizer.pad_token_id)
-    inputs = {name: x for name, x in batch.items() if name not in ("task_index", "labels", "cell_labels", "cell_boxes")}
     with torch.no_grad():
-        packed = model(**inputs, use_cache=False).logits
+        packed = model(**train.model_inputs(batch)).logits
         for row, in_row in enumerate((samples[:2], samples[2:])):
             start = 0
             for sample in in_row:
@@ -146,6 +145,7 @@ def test_dials_open_with_progress_close_with_failure_and_survive_saving(tmp_path
     loaded.load(tmp_path)
     assert torch.equal(loaded.difficulty, dials.difficulty) and loaded.num_answers == dials.num_answers == 960
     assert loaded.score == dials.score and loaded.cell_score == dials.cell_score > 0
+    assert loaded.place_error == dials.place_error > 0
 
 
 def test_answer_scores(processor):
