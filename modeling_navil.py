@@ -140,7 +140,8 @@ def patch_positions(rows: int, columns: int, merge: int) -> Tensor:
     return positions.transpose(1, 2).reshape(rows * columns, merge**2, 2)
 
 
-class Segments(NamedTuple):
+@dataclass  # in a NamedTuple, torch.compile would take each number of runs for a new graph
+class Segments:
     """Stretches of the packed patches that attend within themselves only."""
 
     runs: list[tuple[int, int]]  # (count, length): `count` neighbours of `length` patches each

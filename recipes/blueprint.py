@@ -79,7 +79,7 @@ def build_config(tokenizer):
             "max_position_embeddings": 8192,
             "tie_word_embeddings": True,
         },
-        min_dynamic_patch=576,
+        min_dynamic_patch=1024,
         max_dynamic_patch=2304,
         image_token_id=tokenizer.convert_tokens_to_ids(tokenization.IMAGE_TOKEN),
         image_start_token_id=tokenizer.convert_tokens_to_ids(tokenization.IMAGE_START_TOKEN),

@@ -8,11 +8,12 @@ chessboard, by its column or its row, which boxes are made of. Places have two d
 the picture's width or height; a label is one of them, and its alphabet tells which. A label is predicted where an LLM
 predicts the next token, by the same output layer.
 
-Digits tell nothing of how near a wrong one is. So the cells of a shape are also asked for its sides as numbers,
-half-way through the decoder, where answers can still read them: along four fixed directions of the hidden states, for
-which the model has no weights of its own.
+Digits tell nothing of how near a wrong one is. So the cells of a shape are also asked for numbers, half-way through the
+decoder, where answers can still read them: its sides, and how many shapes of the picture are like it. Each number has a
+fixed direction of the hidden states, for which the model has no weights of its own.
 """
 
+from collections import defaultdict
 from math import ceil
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from navil_modules import image_processing, processing
 
-from .drawing import Mark, Picture
+from .drawing import Box, Mark, Picture
 
 EMPTY = " "
 # The ten digits of a tenth and of a hundredth, for a shape's left, upper, right and lower side.
@@ -34,6 +35,8 @@ AREA_SHARE = 0.5  # of the cells that show something: labelled with what they be
 CELL_WEIGHT = 0.5  # of a picture's cells, against an answer of as many tokens
 EMPTY_WEIGHT = 0.1  # of the empty ones: they are many and easy
 PLACE_WEIGHT = 0.3  # of those that are asked where they are
+NUMBERS, SIDE_NUMBERS = 7, 4  # that the cells of a shape are asked for, the first ones of its sides
+MOST_SHAPES = 6  # in a picture
 
 
 def label_cells(picture: Picture, processor: Any, as_is: bool = False) -> tuple[Tensor, Tensor]:
@@ -67,17 +70,36 @@ def label_cells(picture: Picture, processor: Any, as_is: bool = False) -> tuple[
     return labels, CELL_WEIGHT * weight
 
 
-def label_boxes(picture: Picture, processor: Any, as_is: bool = False) -> Tensor:
-    """(cells, 4) left, upper, right and lower side of the shape that each merged cell shows; NaN where it shows none.
+def label_numbers(picture: Picture, processor: Any, as_is: bool = False) -> Tensor:
+    """(cells, NUMBERS) `shape_numbers` of the shape that each merged cell shows; NaN where it shows none.
 
-    In shares of the picture's width and height, in the order of the visual tokens.
+    In the order of the visual tokens.
     """
-    width, height = picture.image.size
     scales, cell = seen_scales(picture, processor, as_is)
-    shapes = tuple(mark for mark in picture.marks if len(mark.text) > 1)
-    shown = np.concatenate([choose_marks(shapes, (height, width), scale, cell) for scale in scales])
-    sides = torch.tensor([mark.box for mark in shapes] + [(torch.nan,) * 4])
-    return sides[shown] / torch.tensor([width, height, width, height])  # -1, no shape, is the last
+    numbers = shape_numbers(picture)
+    shapes = tuple(Mark("", box) for box in numbers)
+    shown = np.concatenate([choose_marks(shapes, picture.image.size[::-1], scale, cell) for scale in scales])
+    return torch.tensor([*numbers.values(), [torch.nan] * NUMBERS])[shown]  # -1, no shape, is the last
+
+
+def shape_numbers(picture: Picture) -> dict[Box, list[float]]:
+    """By the box of each of the picture's shapes, NUMBERS numbers of 0 to 1.
+
+    Its left, upper, right and lower side, in shares of the picture's width and height. Then how many of the picture's
+    shapes have its colour and kind, how many its kind, and how many there are, in shares of MOST_SHAPES.
+    """
+    words = defaultdict(list)  # of a shape: its colour and its kind
+    for text, box in picture.marks:
+        if len(text) > 1:
+            words[box].append(text)
+    likenesses = list(words.values())
+    kinds = [kind for _, kind in likenesses]
+    numbers = {}
+    for box, (color, kind) in words.items():
+        sides = [side / length for side, length in zip(box, 2 * picture.image.size, strict=True)]
+        counts = (likenesses.count([color, kind]), kinds.count(kind), len(kinds))
+        numbers[box] = sides + [count / MOST_SHAPES for count in counts]
+    return numbers
 
 
 def seen_scales(picture: Picture, processor: Any, as_is: bool) -> tuple[list[tuple[int, int]], int]:
@@ -141,20 +163,23 @@ def _along(start: np.ndarray, end: np.ndarray, count: int) -> tuple[np.ndarray, 
     return cells == np.floor((start + end) / 2), (start <= middle) & (middle < end)
 
 
-def place_directions(hidden_size: int) -> Tensor:
-    """(hidden_size, 4) orthonormal: the directions along which hidden states hold the sides of `label_boxes`."""
-    return torch.linalg.qr(torch.randn(hidden_size, 4, generator=torch.Generator().manual_seed(0)))[0]
+def number_directions(hidden_size: int) -> Tensor:
+    """(hidden_size, NUMBERS) orthonormal: the directions along which hidden states hold `shape_numbers`."""
+    generator = torch.Generator().manual_seed(0)
+    # One after the other: the directions of sides, which models have learned, do not depend on what else is asked for.
+    drawn = [torch.randn(hidden_size, count, generator=generator) for count in (SIDE_NUMBERS, NUMBERS - SIDE_NUMBERS)]
+    return torch.linalg.qr(torch.cat(drawn, dim=1))[0]
 
 
-def place_error(hidden_states: Tensor, boxes: Tensor) -> Tensor:
-    """Mean distance of the sides that hidden states (B, L, D) hold from those of `boxes` (B, L, 4) that are not NaN.
+def number_errors(hidden_states: Tensor, numbers: Tensor) -> Tensor:
+    """(NUMBERS,) mean distance of each number that hidden states (B, L, D) hold from `numbers` (B, L, NUMBERS).
 
-    In shares of the picture's width and height; 0 where all are NaN.
+    Where these are NaN, nothing is asked for; 0 where all are.
     """
-    counted = ~boxes[..., 0].isnan()
+    counted = ~numbers[..., 0].isnan()
     normed = F.rms_norm(hidden_states[counted].float(), hidden_states.shape[-1:])
-    held = 0.5 + 0.5 * normed @ place_directions(hidden_states.shape[-1]).to(normed.device)
-    return (held - boxes[counted]).abs().sum() / max(1, held.numel())
+    held = 0.5 + 0.5 * normed @ number_directions(hidden_states.shape[-1]).to(normed.device)
+    return (held - numbers[counted]).abs().sum(0) / max(1, len(held))
 
 
 def token_of(text: str, tokenizer: Any) -> int:

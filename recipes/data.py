@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 
 from navil_modules import processing, tokenization
 
-from .cells import label_boxes, label_cells
+from .cells import NUMBERS, label_cells, label_numbers
 from .close_ups import SHARE, SHARES, close_up
 from .tasks import DESCRIBE, PAGE, TASKS, Sample, make_sample, make_text_sample
 
@@ -44,7 +44,7 @@ class Encoded(NamedTuple):
     conversation: processing.Conversation
     cell_labels: Tensor  # (L,): id of what the token before shows; -100 where that is no visual token
     cell_weight: Tensor  # (L,)
-    cell_boxes: Tensor  # (L, 4): sides of the shape that a visual token shows; NaN elsewhere
+    cell_numbers: Tensor  # (L, NUMBERS): those of the shape that a visual token shows; NaN elsewhere
 
     @property
     def num_tokens(self) -> int:
@@ -83,7 +83,7 @@ def encode(sample: Sample, processor: Any) -> Encoded:
         conversation.labels.fill_(processing.IGNORE_INDEX)
     cell_labels = torch.full_like(conversation.labels, processing.IGNORE_INDEX)
     cell_weight = torch.zeros(cell_labels.shape)
-    cell_boxes = torch.full((len(cell_labels), 4), torch.nan)
+    cell_numbers = torch.full((len(cell_labels), NUMBERS), torch.nan)
     if sample.pictures:
         image_token_id = processor.tokenizer.convert_tokens_to_ids(tokenization.IMAGE_TOKEN)
         places = (conversation.input_ids == image_token_id).nonzero()[:, 0]
@@ -91,8 +91,11 @@ def encode(sample: Sample, processor: Any) -> Encoded:
             *(label_cells(picture, processor, sample.as_is) for picture in sample.pictures), strict=True
         )
         cell_labels[places + 1], cell_weight[places + 1] = torch.cat(labels), torch.cat(weights)
-        cell_boxes[places] = torch.cat([label_boxes(picture, processor, sample.as_is) for picture in sample.pictures])
-    return Encoded(ALL_TASKS.index(sample.task), len(sample.turns), conversation, cell_labels, cell_weight, cell_boxes)
+        cell_numbers[places] = torch.cat(
+            [label_numbers(picture, processor, sample.as_is) for picture in sample.pictures]
+        )
+    task, num_answers = ALL_TASKS.index(sample.task), len(sample.turns)
+    return Encoded(task, num_answers, conversation, cell_labels, cell_weight, cell_numbers)
 
 
 def answer_index(labels: Tensor) -> Tensor:
@@ -111,7 +114,7 @@ def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
 
     Returns:
         `input_ids`, `labels`, `position_ids` (B, L); `cell_labels` (B, L), what visual tokens show, each at the place
-        after; `cell_boxes` (B, L, 4), the sides of the shapes that they show; `loss_weight` (B, L) of labels,
+        after; `cell_numbers` (B, L, NUMBERS), of the shapes that they show; `loss_weight` (B, L) of labels,
         1 / sqrt(labels of the answer), so that neither long answers nor short ones make up all the loss;
         `attention_mask` (B, 1, L, L) bool, block-diagonal and causal; the images' inputs if there are any; `task_index`
         (answers,), the task of each stretch of labels.
@@ -120,9 +123,10 @@ def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
     batch["attention_mask"] = processing.block_diagonal_mask(batch.pop("sample_index"))
     answer = answer_index(batch["labels"])
     is_answer = answer >= 0
-    batch["cell_labels"], batch["loss_weight"], batch["cell_boxes"] = (
+    paddings = {"cell_labels": processing.IGNORE_INDEX, "cell_weight": 0.0, "cell_numbers": torch.nan}
+    batch["cell_labels"], batch["loss_weight"], batch["cell_numbers"] = (
         pad_sequence([torch.cat([getattr(sample, name) for sample in row]) for row in rows], True, padding)
-        for name, padding in (("cell_labels", processing.IGNORE_INDEX), ("cell_weight", 0.0), ("cell_boxes", torch.nan))
+        for name, padding in paddings.items()
     )
     batch["loss_weight"][is_answer] = answer[is_answer].bincount()[answer[is_answer]] ** -0.5
     samples = [sample for row in rows for sample in row]
@@ -166,8 +170,8 @@ def add_filler(rows: list[list[Encoded]], row_length: int, processor: Any) -> No
         }
     no_labels = torch.full_like(new_ids, processing.IGNORE_INDEX)
     conversation = processing.Conversation(new_ids, no_labels, images)
-    no_boxes = torch.full((room, 4), torch.nan)
-    rows[emptiest].append(Encoded(ALL_TASKS.index(PAGE), 0, conversation, no_labels, torch.zeros(room), no_boxes))
+    no_numbers = torch.full((room, NUMBERS), torch.nan)
+    rows[emptiest].append(Encoded(ALL_TASKS.index(PAGE), 0, conversation, no_labels, torch.zeros(room), no_numbers))
 
 
 class PackedSamples(IterableDataset):

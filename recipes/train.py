@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from navil_modules import modeling
 
 from .blueprint import build_model, build_processor, build_tokenizer, load, question_words
-from .cells import EMPTY, place_error, token_of
+from .cells import EMPTY, SIDE_NUMBERS, number_errors, token_of
 from .data import ALL_TASKS, TEXT_PRETRAINING, PackedSamples, answer_index
 from .optimizer import MuonWithAdamW
 from .tasks import DESCRIBE, PAGE
@@ -56,7 +56,7 @@ PICTURES = {"text": 0.32, "receipt": 0.2, "chart": 0.14, "scene": 0.1, "groundin
 PICTURES |= {"two_images": 0.14, "two_turns": 0.08, DESCRIBE: 0.06, PAGE: 0.22}
 WITH_TEXT = PICTURES | {"text_only": 0.14, TEXT_PRETRAINING: 0.05}
 # A text as a close-up costs a fifth or less of what other pictures cost, and what it teaches is what most of them lack.
-CLOSE_UPS = {"text": 0.5, "receipt": 0.12, "chart": 0.04, "scene": 0.04, "grounding": 0.13, "two_images": 0.05}
+CLOSE_UPS = {"text": 0.46, "receipt": 0.12, "chart": 0.04, "scene": 0.07, "grounding": 0.12, "two_images": 0.07}
 CLOSE_UPS |= {"two_turns": 0.02, DESCRIBE: 0.005, PAGE: 0.06, "text_only": 0.025, TEXT_PRETRAINING: 0.01}
 
 STAGES = {
@@ -65,10 +65,10 @@ STAGES = {
     "s1.1": Stage(PICTURES, 1000, 1e-3, 0.05),
     "s1.2": Stage(WITH_TEXT, 500, 1e-3, 0.1),
     "s2": Stage(WITH_TEXT, 60000, 7e-4, 0.01, decay=0.3),
-    "s2.close": Stage(CLOSE_UPS, 10000, 7e-4, 0.01, decay=0.3, close_ups=True, start_share=0.25),
+    "s2.close": Stage(CLOSE_UPS, 10000, 7e-4, 0.01, decay=0.5, close_ups=True, start_share=0.25),
 }
 LAST_STAGE = list(STAGES)[-1]
-PLACE_ERROR_WEIGHT = 2.0  # against the loss on labels; its gradient is then as large as theirs
+NUMBER_ERROR_WEIGHT = 0.5  # of each, against the loss on labels; of sides alone the gradient is then as large as theirs
 
 # A dial opens when the running score of its task is at least this, and closes when it is far below. The score is the
 # share of answers that are right as a whole; of long answers it is the share of tokens, and of boxes that of the first
@@ -96,7 +96,8 @@ class Dials:
     since_change: list[int] = field(default_factory=lambda: [0] * len(ALL_TASKS))
     num_answers: int = 0
     cell_score: float = 0.0  # running share of the cells with something in them whose label is the most likely token
-    place_error: float = 0.0  # running mean of `cells.place_error`
+    place_error: float = 0.0  # running mean of `cells.number_errors` of sides
+    count_error: float = 0.0  # and of counts
     moving: bool = True
 
     SMOOTHING = 0.02
@@ -121,10 +122,11 @@ class Dials:
                 continue
             self.difficulty[task], self.since_change[task] = changed, 0
 
-    def record_cells(self, share: float, error: float) -> None:
+    def record_cells(self, share: float, errors: Tensor) -> None:
         """Counts one batch."""
         self.cell_score += self.SMOOTHING * (share - self.cell_score)
-        self.place_error += self.SMOOTHING * (error - self.place_error)
+        self.place_error += self.SMOOTHING * (float(errors[:SIDE_NUMBERS].mean()) - self.place_error)
+        self.count_error += self.SMOOTHING * (float(errors[SIDE_NUMBERS:].mean()) - self.count_error)
 
     def save(self, folder: Path) -> None:
         """Writes the file whole or not at all: a checkpoint that has it is complete."""
@@ -134,6 +136,7 @@ class Dials:
             "score": dict(zip(ALL_TASKS, self.score, strict=True)),
             "cell_score": self.cell_score,
             "place_error": self.place_error,
+            "count_error": self.count_error,
         }
         part = folder / f"{DIALS_FILE}.part"
         part.write_text(json.dumps(state, indent=2) + "\n")
@@ -142,7 +145,8 @@ class Dials:
     def load(self, folder: Path) -> None:
         state = json.loads((folder / DIALS_FILE).read_text())
         self.num_answers = state["num_answers"]
-        self.cell_score, self.place_error = (state.get(name, 0.0) for name in ("cell_score", "place_error"))
+        for name in ("cell_score", "place_error", "count_error"):
+            setattr(self, name, state.get(name, 0.0))
         for index, task in enumerate(ALL_TASKS):
             if task in state["difficulty"]:  # else a task that the saved run did not have
                 self.difficulty[index], self.score[index] = state["difficulty"][task], state["score"][task]
@@ -174,7 +178,7 @@ def cell_score(logits: Tensor, labels: Tensor, empty_id: int) -> float:
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
     """What the model takes of a packed batch, the labels of answers and of cells in one."""
-    inputs = {name: x for name, x in batch.items() if name not in ("task_index", "cell_labels", "cell_boxes")}
+    inputs = {name: x for name, x in batch.items() if name not in ("task_index", "cell_labels", "cell_numbers")}
     labels = torch.where(batch["cell_labels"] < 0, batch["labels"], batch["cell_labels"])
     return inputs | {"labels": labels, "use_cache": False}
 
@@ -207,12 +211,12 @@ class PackedTrainer(Trainer):
         settings = model_inputs(inputs) | {"output_hidden_states": True}
         outputs = torch.func.functional_call(model, weights, kwargs=settings)
         half_way = outputs.hidden_states[model.config.text_config.num_hidden_layers // 2]
-        error = place_error(half_way, inputs["cell_boxes"])
+        errors = number_errors(half_way, inputs["cell_numbers"])
         with torch.no_grad():
             digit_ids = self.digit_ids.to(tasks.device)
             self.dials.record(tasks, answer_scores(outputs.logits, answers, tasks, digit_ids))
-            self.dials.record_cells(cell_score(outputs.logits, cells, self.empty_id), float(error))
-        loss = outputs.loss + PLACE_ERROR_WEIGHT * error
+            self.dials.record_cells(cell_score(outputs.logits, cells, self.empty_id), errors)
+        loss = outputs.loss + NUMBER_ERROR_WEIGHT * errors.sum()
         return (loss, outputs) if return_outputs else loss
 
 
@@ -236,6 +240,7 @@ class Progress(TrainerCallback):
                 **logs,
                 "cells": round(self.dials.cell_score, 3),
                 "places": round(self.dials.place_error, 4),
+                "counts": round(self.dials.count_error, 4),
                 "tasks": tasks,
             }
             with (self.folder / LOG_FILE).open("a") as log:
@@ -314,7 +319,7 @@ def segment_attention_plain(
     runs = [
         (1 << bit, length) for count, length in segments.runs for bit in range(count.bit_length()) if count >> bit & 1
     ]
-    return modeling.segment_attention_eager(query, key, value, segments._replace(runs=runs), scaling)
+    return modeling.segment_attention_eager(query, key, value, replace(segments, runs=runs), scaling)
 
 
 ALL_ATTENTION_FUNCTIONS[PLAIN_ATTENTION] = torch.compiler.disable(modeling.decoder_attention_eager)

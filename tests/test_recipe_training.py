@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from navil_modules import processing  # noqa: E402
+from navil_modules import modeling, processing  # noqa: E402
 from recipes import blueprint, cells, close_ups, data, deepen, optimizer, plot, publish, train  # noqa: E402
 from recipes.drawing import Mark, Picture  # noqa: E402
 from recipes.tasks import DESCRIBE, PAGE, TASKS, Accepted, Sample, is_correct, make_sample, thousandths  # noqa: E402
@@ -97,12 +97,12 @@ def test_packed_samples_do_not_see_each_other(model, processor):
 def test_stream_fills_batches_within_their_limits(processor):
     weights = torch.tensor([1.0 if task in ("text", "text_only") else 0.0 for task in data.ALL_TASKS])
     difficulty = torch.zeros(len(data.ALL_TASKS))
-    settings = {"rows": 3, "row_length": 400, "max_patches": 4096}
+    settings = {"rows": 3, "row_length": 640, "max_patches": 4096}
     stream = iter(data.PackedSamples(processor, weights, difficulty, first_seed=5, **settings))
     batches = [next(stream) for _ in range(3)]
     for batch in batches:
         rows, length = batch["input_ids"].shape
-        assert rows <= 3 + 1 and length == 400
+        assert rows <= 3 + 1 and length == 640
         image_ids = processor.tokenizer.convert_tokens_to_ids(["<img>", "<IMG_CONTEXT>"])
         starts, cells = (int((batch["input_ids"] == token_id).sum()) for token_id in image_ids)
         assert starts == data.IMAGE_STEP and cells % data.CELL_STEP == 0
@@ -139,13 +139,13 @@ def test_dials_open_with_progress_close_with_failure_and_survive_saving(tmp_path
     for _ in range(40):
         dials.record(torch.full((8,), text), torch.zeros(8))
     assert 0 < dials.difficulty[text] < opened
-    dials.record_cells(0.5, 0.25)
+    dials.record_cells(0.5, torch.tensor([0.25] * 4 + [0.125] * 3))
     dials.save(tmp_path)
     loaded = train.Dials()
     loaded.load(tmp_path)
     assert torch.equal(loaded.difficulty, dials.difficulty) and loaded.num_answers == dials.num_answers == 960
     assert loaded.score == dials.score and loaded.cell_score == dials.cell_score > 0
-    assert loaded.place_error == dials.place_error > 0
+    assert loaded.place_error == dials.place_error > loaded.count_error == dials.count_error > 0
 
 
 def test_answer_scores(processor):
@@ -244,32 +244,50 @@ def test_shapes_are_areas_of_the_two_digits_of_their_four_sides():
     assert cells.side_areas(Picture(picture.image, (Mark("7", (0, 0, 9, 9)),))) == []
 
 
-def test_cells_of_a_shape_are_asked_for_its_sides(processor):
-    """A shape over 2 x 3 of 4 x 8 cells, named by two marks, and a letter, in one scale."""
-    shape, letter = (64, 32, 160, 96), (0, 0, 20, 28)
-    marks = (Mark("red", shape), Mark("star", shape), Mark("7", letter))
-    boxes = cells.label_boxes(Picture(Image.new("RGB", (256, 128)), marks), processor, as_is=True).view(4, 8, 4)
-    expected = torch.full((4, 8, 4), torch.nan)
-    expected[1:3, 2:5] = torch.tensor([0.25, 0.25, 0.625, 0.75])
-    assert torch.equal(boxes.nan_to_num(-1), expected.nan_to_num(-1))
+def test_cells_of_a_shape_are_asked_for_its_sides_and_for_counts(processor):
+    """A red star over 2 x 3 of 4 x 8 cells, a blue one over the first, and a letter, in one scale."""
+    red, blue, letter = (64, 32, 160, 96), (0, 0, 32, 32), (224, 96, 250, 120)
+    marks = (Mark("red", red), Mark("star", red), Mark("blue", blue), Mark("star", blue), Mark("7", letter))
+    picture = Picture(Image.new("RGB", (256, 128)), marks)
+    numbers = cells.label_numbers(picture, processor, as_is=True).view(4, 8, cells.NUMBERS)
+    expected = torch.full((4, 8, cells.NUMBERS), torch.nan)
+    expected[1:3, 2:5] = torch.tensor([0.25, 0.25, 0.625, 0.75, 1 / 6, 2 / 6, 2 / 6])
+    expected[0, 0] = torch.tensor([0, 0, 0.125, 0.25, 1 / 6, 2 / 6, 2 / 6])
+    assert torch.equal(numbers.nan_to_num(-1), expected.nan_to_num(-1))
     sample = data.draw("two_images", 0, 1.0)
     encoded = data.encode(sample, processor)
     is_visual = encoded.conversation.input_ids == processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    expected = torch.cat([cells.label_boxes(picture, processor) for picture in sample.pictures])
-    assert torch.equal(encoded.cell_boxes[is_visual].nan_to_num(-1), expected.nan_to_num(-1))
-    assert encoded.cell_boxes[~is_visual].isnan().all() and not expected.isnan().all()
+    expected = torch.cat([cells.label_numbers(picture, processor) for picture in sample.pictures])
+    assert torch.equal(encoded.cell_numbers[is_visual].nan_to_num(-1), expected.nan_to_num(-1))
+    assert encoded.cell_numbers[~is_visual].isnan().all() and not expected.isnan().all()
 
 
-def test_place_error_is_the_mean_distance_from_the_sides_asked_for():
-    directions = cells.place_directions(16)
-    assert torch.allclose(directions.T @ directions, torch.eye(4), atol=1e-6)
-    boxes = torch.tensor([[[0.1, 0.2, 0.5, 0.9], [torch.nan] * 4, [0.0, 0.0, 1.0, 1.0]]])
-    hidden = 2 * (boxes.nan_to_num(5) - 0.5) @ directions.T
+@pytest.mark.parametrize("seed", range(20))
+def test_counts_asked_for_are_answers_to_questions(seed):
+    sample = data.draw("scene", seed, 1.0)
+    kinds = {mark.box: mark.text for mark in sample.pictures[0].marks}  # the last word of a shape
+    numbers = cells.shape_numbers(sample.pictures[0])
+    for question, answer in sample.turns:
+        if answer.isdigit() and "shapes" in question:
+            assert {round(of[-1] * cells.MOST_SHAPES) for of in numbers.values()} == {int(answer)}
+        for box, kind in kinds.items():
+            if answer.isdigit() and question.startswith(f"How many {kind}s"):
+                assert round(numbers[box][-2] * cells.MOST_SHAPES) == int(answer)
+
+
+def test_number_errors_are_mean_distances_from_what_is_asked_for():
+    directions = cells.number_directions(16)
+    assert torch.allclose(directions.T @ directions, torch.eye(cells.NUMBERS), atol=1e-6)
+    asked = [[0.1, 0.2, 0.5, 0.9, 0.2, 0.4, 0.6], [torch.nan] * cells.NUMBERS, [0.0, 0.0, 1.0, 1.0, 0.5, 0.5, 0.5]]
+    numbers = torch.tensor([asked])
+    hidden = 2 * (numbers.nan_to_num(5) - 0.5) @ directions.T
     hidden = hidden + (16 - hidden.pow(2).sum(-1, keepdim=True)).clamp(min=0).sqrt() * orthogonal_to(directions)
-    assert cells.place_error(7 * hidden, boxes) == pytest.approx(0, abs=1e-6)
-    assert cells.place_error(hidden, (boxes + 0.25)) == pytest.approx(0.25)
-    assert cells.place_error(hidden.requires_grad_(), boxes * torch.nan) == 0
-    cells.place_error(hidden, boxes + 0.25).backward()
+    nothing = torch.zeros(cells.NUMBERS)
+    torch.testing.assert_close(cells.number_errors(7 * hidden, numbers), nothing, atol=1e-6, rtol=0)
+    off = torch.tensor([0.25, 0, 0, 0, 0, 0, 0.125])
+    torch.testing.assert_close(cells.number_errors(hidden, numbers + off), off, atol=1e-6, rtol=0)
+    assert torch.equal(cells.number_errors(hidden.requires_grad_(), numbers * torch.nan), nothing)
+    cells.number_errors(hidden, numbers + 0.25).sum().backward()
     assert hidden.grad[0, 0].any() and hidden.grad[0, 2].any() and not hidden.grad[0, 1].any()
 
 
@@ -467,6 +485,20 @@ def test_muon_is_torchs_in_any_dtype(shape):
     moved = (ends["torch"] - start).abs().max()
     assert 0 < (ends["float32"] - ends["torch"]).abs().max() < 0.02 * moved
     assert torch.linalg.svdvals(optimizer.orthogonalize(gradients[0], torch.float32)).sub(1).abs().max() < 0.4
+
+
+def test_a_compiled_block_is_one_graph_for_any_number_of_segments(model):
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        block = copy.deepcopy(model.vision_model.blocks[0])
+        block.attn.config = copy.deepcopy(block.attn.config)
+        block.attn.config._attn_implementation = train.PLAIN_ATTENTION
+        plain = copy.deepcopy(block)
+        block.compile(dynamic=True, backend="eager")
+        for lengths in ([4, 8], [4, 4, 8, 16, 12], [12, 12, 20]):
+            segments = modeling.Segments.of_lengths(lengths, torch.device("cpu"))
+            x = torch.randn(sum(lengths), block.ls1.shape[0])
+            cos, sin = torch.randn(2, sum(lengths), 1, block.attn.head_dim // 2)
+            torch.testing.assert_close(block(x, cos, sin, segments), plain(x, cos, sin, segments))
 
 
 @pytest.mark.parametrize("stage", train.STAGES)
