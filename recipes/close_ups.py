@@ -3,7 +3,7 @@
 A picture costs what its patches cost, and most patches of a large one are empty. A close-up is what the model would get
 of the picture's largest scale, reduced until its letters or shapes are as small as any that the model is asked about,
 and without most of what lies around them. Its answers are the same, but boxes are told in what is left of the picture.
-A line of text costs a sixteenth.
+A line of text costs a twentieth.
 """
 
 import random
