@@ -8,9 +8,10 @@ chessboard, by its column or its row, which boxes are made of. Places have two d
 the picture's width or height; a label is one of them, and its alphabet tells which. A label is predicted where an LLM
 predicts the next token, by the same output layer.
 
-Digits tell nothing of how near a wrong one is. So the cells of a shape are also asked for numbers, half-way through the
-decoder, where answers can still read them: its sides, and how many shapes of the picture are like it. Each number has a
-fixed direction of the hidden states, for which the model has no weights of its own.
+Digits tell nothing of how near a wrong one is. So cells are also asked for numbers, half-way through the decoder, where
+answers can still read them: those of a shape for its sides, and for how many shapes of the picture are like it; those
+of a character for its place in its text; those of a chart's column for its value. Each number has a fixed direction of
+the hidden states, for which the model has no weights of its own.
 """
 
 from collections import defaultdict
@@ -35,8 +36,9 @@ AREA_SHARE = 0.5  # of the cells that show something: labelled with what they be
 CELL_WEIGHT = 0.5  # of a picture's cells, against an answer of as many tokens
 EMPTY_WEIGHT = 0.1  # of the empty ones: they are many and easy
 PLACE_WEIGHT = 0.3  # of those that are asked where they are
-NUMBERS, SIDE_NUMBERS = 7, 4  # that the cells of a shape are asked for, the first ones of its sides
-MOST_SHAPES = 6  # in a picture
+NUMBER_GROUPS = {"places": 4, "counts": 3, "orders": 2, "values": 1}  # that cells are asked for, in this order
+NUMBERS = sum(NUMBER_GROUPS.values())
+MOST_SHAPES, MOST_CHARACTERS, MOST_VALUE = 6, 10, 100  # in a picture, on one side of a character, of a column
 
 
 def label_cells(picture: Picture, processor: Any, as_is: bool = False) -> tuple[Tensor, Tensor]:
@@ -71,27 +73,36 @@ def label_cells(picture: Picture, processor: Any, as_is: bool = False) -> tuple[
 
 
 def label_numbers(picture: Picture, processor: Any, as_is: bool = False) -> Tensor:
-    """(cells, NUMBERS) `shape_numbers` of the shape that each merged cell shows; NaN where it shows none.
-
-    In the order of the visual tokens.
+    """(cells, NUMBERS) of 0 to 1, in the order of the visual tokens: `shape_numbers` of the shape that each merged cell
+    shows, `order_numbers` of the character, and the value of the column that it is in. NaN where there is none.
     """
     scales, cell = seen_scales(picture, processor, as_is)
-    numbers = shape_numbers(picture)
-    shapes = tuple(Mark("", box) for box in numbers)
-    shown = np.concatenate([choose_marks(shapes, picture.image.size[::-1], scale, cell) for scale in scales])
-    return torch.tensor([*numbers.values(), [torch.nan] * NUMBERS])[shown]  # -1, no shape, is the last
+    letters = tuple(mark for mark in picture.marks if mark.order is not None)
+    columns = tuple(area for area in picture.areas if area.value is not None)
+    shapes = shape_numbers(picture)
+    asked = (
+        (tuple(Mark("", box) for box in shapes), [*shapes.values()]),
+        (letters, [order_numbers(letter) for letter in letters]),
+        (columns, [[column.value / MOST_VALUE] for column in columns]),
+    )
+    widths = (NUMBER_GROUPS["places"] + NUMBER_GROUPS["counts"], NUMBER_GROUPS["orders"], NUMBER_GROUPS["values"])
+    numbers = []
+    for (marks, told), width in zip(asked, widths, strict=True):
+        shown = np.concatenate([choose_marks(marks, picture.image.size[::-1], scale, cell) for scale in scales])
+        numbers.append(torch.tensor([*told, [torch.nan] * width])[shown])  # -1, none, is the last
+    return torch.cat(numbers, dim=1)
 
 
 def shape_numbers(picture: Picture) -> dict[Box, list[float]]:
-    """By the box of each of the picture's shapes, NUMBERS numbers of 0 to 1.
+    """By the box of each of the picture's shapes, seven numbers of 0 to 1.
 
     Its left, upper, right and lower side, in shares of the picture's width and height. Then how many of the picture's
     shapes have its colour and kind, how many its kind, and how many there are, in shares of MOST_SHAPES.
     """
     words = defaultdict(list)  # of a shape: its colour and its kind
-    for text, box in picture.marks:
-        if len(text) > 1:
-            words[box].append(text)
+    for mark in picture.marks:
+        if len(mark.text) > 1:
+            words[mark.box].append(mark.text)
     likenesses = list(words.values())
     kinds = [kind for _, kind in likenesses]
     numbers = {}
@@ -100,6 +111,11 @@ def shape_numbers(picture: Picture) -> dict[Box, list[float]]:
         counts = (likenesses.count([color, kind]), kinds.count(kind), len(kinds))
         numbers[box] = sides + [count / MOST_SHAPES for count in counts]
     return numbers
+
+
+def order_numbers(letter: Mark) -> list[float]:
+    """How many characters of its text stand before the letter and after it, in shares of MOST_CHARACTERS; 1 of more."""
+    return [min(1.0, count / MOST_CHARACTERS) for count in letter.order]
 
 
 def seen_scales(picture: Picture, processor: Any, as_is: bool) -> tuple[list[tuple[int, int]], int]:
@@ -164,10 +180,10 @@ def _along(start: np.ndarray, end: np.ndarray, count: int) -> tuple[np.ndarray, 
 
 
 def number_directions(hidden_size: int) -> Tensor:
-    """(hidden_size, NUMBERS) orthonormal: the directions along which hidden states hold `shape_numbers`."""
+    """(hidden_size, NUMBERS) orthonormal: the directions along which hidden states hold the numbers of their cells."""
     generator = torch.Generator().manual_seed(0)
-    # One after the other: the directions of sides, which models have learned, do not depend on what else is asked for.
-    drawn = [torch.randn(hidden_size, count, generator=generator) for count in (SIDE_NUMBERS, NUMBERS - SIDE_NUMBERS)]
+    # One group after the other: directions that models have learned do not depend on what else is asked for.
+    drawn = [torch.randn(hidden_size, count, generator=generator) for count in NUMBER_GROUPS.values()]
     return torch.linalg.qr(torch.cat(drawn, dim=1))[0]
 
 
@@ -176,10 +192,12 @@ def number_errors(hidden_states: Tensor, numbers: Tensor) -> Tensor:
 
     Where these are NaN, nothing is asked for; 0 where all are.
     """
-    counted = ~numbers[..., 0].isnan()
+    asked = ~numbers.isnan()
+    counted = asked.any(-1)
     normed = F.rms_norm(hidden_states[counted].float(), hidden_states.shape[-1:])
     held = 0.5 + 0.5 * normed @ number_directions(hidden_states.shape[-1]).to(normed.device)
-    return (held - numbers[counted]).abs().sum(0) / max(1, len(held))
+    distances = torch.where(asked[counted], held - numbers[counted].nan_to_num(), 0.0).abs()
+    return distances.sum(0) / asked.sum((0, 1)).clamp(min=1)
 
 
 def token_of(text: str, tokenizer: Any) -> int:

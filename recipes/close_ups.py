@@ -8,6 +8,7 @@ A line of text costs a twentieth.
 
 import random
 from dataclasses import replace
+from operator import sub
 from typing import Any
 
 from PIL import Image
@@ -42,7 +43,8 @@ def close_up(rng: random.Random, sample: Sample, processor: Any) -> Sample:
 def _scale(rng: random.Random, picture: Picture, seen_width: int) -> float:
     """How much smaller the picture is seen: at its largest scale, and its smallest mark within LETTERS or SHAPES."""
     shows_letters = all(len(mark.text) == 1 for mark in picture.marks)
-    heights, widths = zip(*((box[3] - box[1], box[2] - box[0]) for _, box in picture.marks), strict=True)
+    lefts, tops, rights, bottoms = zip(*(mark.box for mark in picture.marks), strict=True)
+    heights, widths = map(sub, bottoms, tops), map(sub, rights, lefts)
     smallest = min(heights) if shows_letters else min(*heights, *widths)
     wanted = log_uniform(rng, *(LETTERS if shows_letters else SHAPES))
     return min(seen_width / picture.image.width, wanted / max(1, smallest))
@@ -84,4 +86,4 @@ def _told_in(window: Box, sample: Sample) -> Sample:
 
 
 def _scaled(marks: tuple[Mark, ...], scale: float) -> tuple[Mark, ...]:
-    return tuple(Mark(text, tuple(side * scale for side in box)) for text, box in marks)
+    return tuple(mark._replace(box=tuple(side * scale for side in mark.box)) for mark in marks)

@@ -44,7 +44,7 @@ class Encoded(NamedTuple):
     conversation: processing.Conversation
     cell_labels: Tensor  # (L,): id of what the token before shows; -100 where that is no visual token
     cell_weight: Tensor  # (L,)
-    cell_numbers: Tensor  # (L, NUMBERS): those of the shape that a visual token shows; NaN elsewhere
+    cell_numbers: Tensor  # (L, NUMBERS) that visual tokens are asked for; NaN elsewhere
 
     @property
     def num_tokens(self) -> int:
@@ -114,7 +114,7 @@ def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
 
     Returns:
         `input_ids`, `labels`, `position_ids` (B, L); `cell_labels` (B, L), what visual tokens show, each at the place
-        after; `cell_numbers` (B, L, NUMBERS), of the shapes that they show; `loss_weight` (B, L) of labels,
+        after; `cell_numbers` (B, L, NUMBERS), that they are asked for; `loss_weight` (B, L) of labels,
         1 / sqrt(labels of the answer), so that neither long answers nor short ones make up all the loss;
         `attention_mask` (B, 1, L, L) bool, block-diagonal and causal; the images' inputs if there are any; `task_index`
         (answers,), the task of each stretch of labels.

@@ -70,6 +70,8 @@ class Mark(NamedTuple):
 
     text: str
     box: tuple[float, float, float, float]
+    order: tuple[int, int] | None = None  # of a character: how many of its text stand before it and after it
+    value: int | None = None  # of a chart's column
 
 
 class Picture(NamedTuple):
@@ -330,8 +332,8 @@ def write(
     left, top, _, bottom = draw.textbbox(place, text, font, anchor=anchor)
     edges = [left + font.getlength(text[:end]) for end in range(len(text) + 1)]
     return [
-        Mark(character, (start, top, end, bottom))
-        for character, start, end in zip(text, edges[:-1], edges[1:], strict=True)
+        Mark(character, (edges[place], top, edges[place + 1], bottom), order=(place, len(text) - 1 - place))
+        for place, character in enumerate(text)
         if character != " "
     ]
 
@@ -345,13 +347,16 @@ def rotated(marks: list[Mark], angle: float, before: Image.Image, after: Image.I
         x, y = (left + right - before.width) / 2, (top + bottom - before.height) / 2
         to_x, to_y = after.width / 2 + cosine * x + sine * y, after.height / 2 - sine * x + cosine * y
         half_width, half_height = (right - left) / 2, (bottom - top) / 2
-        return Mark(mark.text, (to_x - half_width, to_y - half_height, to_x + half_width, to_y + half_height))
+        return mark._replace(box=(to_x - half_width, to_y - half_height, to_x + half_width, to_y + half_height))
 
     return [turn(mark) for mark in marks]
 
 
 def shifted(marks: Iterable[Mark], x: float, y: float) -> tuple[Mark, ...]:
-    return tuple(Mark(text, (box[0] + x, box[1] + y, box[2] + x, box[3] + y)) for text, box in marks)
+    return tuple(
+        mark._replace(box=tuple(side + shift for side, shift in zip(mark.box, (x, y, x, y), strict=True)))
+        for mark in marks
+    )
 
 
 def text_mask(lines: list[str], lettering: Lettering, column_gap: float = 0.0, names: Sequence[str] = ()) -> Picture:
@@ -654,7 +659,7 @@ def draw_chart(rng: random.Random, level: float, size: tuple[int, int], chart: C
         draw.line((xs(index), box[3], xs(index), box[3] + mark), style.ink, stroke)
         marks += write(draw, (xs(index), box[3] + mark + 2), label, style.ink, font, "mt")
         column = (xs(index - 0.5), box[1], xs(index + 0.5), box[3])
-        areas += [Mark(label, column), Mark(str(value // 10), column)]
+        areas += [Mark(label, column, value=value), Mark(str(value // 10), column)]
         if chart.annotated:
             lift = 2 if chart.kind == "bar" else 2 + style.font_size // 4
             halo = {"stroke_width": 1, "stroke_fill": style.face}

@@ -427,6 +427,12 @@ def test_marks_are_where_the_characters_are(angle, in_columns):
     )
     assert sorted(mark.text for mark in picture.marks) == sorted("".join(lines).replace(" ", ""))
     by_text = {mark.text: mark.box for mark in picture.marks}
+    orders = {mark.text: mark.order for mark in picture.marks}
+    assert (orders["H"], orders["7"], orders["4"]) == (
+        (0, 1 if in_columns else 3),
+        (0 if in_columns else 3, 0),
+        (3 if in_columns else 7, 1),
+    )
     assert by_text["H"][0] < by_text["i"][0] < by_text["7"][0] and by_text["H"][1] < by_text["t"][1]
     ink = np.asarray(picture.image.convert("L")) < 128
     rows, columns = np.nonzero(ink)
@@ -445,7 +451,7 @@ def test_marks_of_a_chart_are_its_numbers_and_letters():
     texts = "".join(mark.text for mark in picture.marks)
     assert all(character in texts for character in "ABC3562810")
     pixels = np.asarray(picture.image).min(-1)
-    for _, (left, top, right, bottom) in picture.marks:
+    for left, top, right, bottom in (mark.box for mark in picture.marks):
         assert pixels[round(top) : round(bottom) + 1, round(left) : round(right) + 1].min() < 100
 
 
@@ -455,7 +461,7 @@ def test_every_training_picture_but_matplotlibs_has_marks_inside_it(task, diffic
     for seed in SEEDS:
         for image, marks, areas in make_sample(task, seed, difficulty).pictures:
             assert marks
-            for _, (left, top, right, bottom) in (*marks, *areas):
+            for left, top, right, bottom in (mark.box for mark in (*marks, *areas)):
                 assert 0 <= (left + right) / 2 <= image.width and 0 <= (top + bottom) / 2 <= image.height
 
 
@@ -467,7 +473,8 @@ def test_lines_with_names_have_areas_around_their_characters(in_columns):
     assert [area.text for area in picture.areas] == names
     for mark in picture.marks:
         x, y = (mark.box[0] + mark.box[2]) / 2, (mark.box[1] + mark.box[3]) / 2
-        around = [i for i, (_, box) in enumerate(picture.areas) if box[0] <= x <= box[2] and box[1] <= y <= box[3]]
+        boxes = [area.box for area in picture.areas]
+        around = [i for i, box in enumerate(boxes) if box[0] <= x <= box[2] and box[1] <= y <= box[3]]
         assert len(around) == 1 and mark.text in lines[around[0]]
 
 
@@ -511,7 +518,7 @@ def test_columns_of_a_chart_are_areas_of_their_letter_and_tens():
 def test_a_page_asks_nothing_and_is_full_of_characters():
     samples = [make_sample(tasks.PAGE, seed) for seed in range(200)]
     assert all(sample.turns == [] and len(sample.pictures[0].marks) >= 1 for sample in samples)
-    heights = [box[3] - box[1] for sample in samples for _, box in sample.pictures[0].marks]
+    heights = [mark.box[3] - mark.box[1] for sample in samples for mark in sample.pictures[0].marks]
     assert min(heights) < 16 and max(heights) > 48
     assert np.mean([len(sample.pictures[0].marks) for sample in samples]) > 10
 

@@ -1,6 +1,7 @@
 """The training recipe: its tokenizer, its packing, its dials, and a step that learns."""
 
 import copy
+import itertools
 import json
 import random
 
@@ -15,7 +16,7 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from navil_modules import modeling, processing  # noqa: E402
-from recipes import blueprint, cells, close_ups, data, deepen, optimizer, plot, publish, train  # noqa: E402
+from recipes import blueprint, cells, close_ups, data, deepen, drawing, optimizer, plot, publish, train  # noqa: E402
 from recipes.drawing import Mark, Picture  # noqa: E402
 from recipes.tasks import DESCRIBE, PAGE, TASKS, Accepted, Sample, is_correct, make_sample, thousandths  # noqa: E402
 
@@ -139,13 +140,16 @@ def test_dials_open_with_progress_close_with_failure_and_survive_saving(tmp_path
     for _ in range(40):
         dials.record(torch.full((8,), text), torch.zeros(8))
     assert 0 < dials.difficulty[text] < opened
-    dials.record_cells(0.5, torch.tensor([0.25] * 4 + [0.125] * 3))
+    dials.record_cells(0.5, torch.tensor([0.25] * 4 + [0.125] * 3 + [0.0, 0.0, 0.5]))
     dials.save(tmp_path)
     loaded = train.Dials()
     loaded.load(tmp_path)
     assert torch.equal(loaded.difficulty, dials.difficulty) and loaded.num_answers == dials.num_answers == 960
     assert loaded.score == dials.score and loaded.cell_score == dials.cell_score > 0
-    assert loaded.place_error == dials.place_error > loaded.count_error == dials.count_error > 0
+    assert loaded.number_errors == dials.number_errors
+    assert [round(error / dials.SMOOTHING, 6) for error in dials.number_errors.values()] == [0.25, 0.125, 0, 0.5]
+    dials.record_cells(0.5, torch.zeros(cells.NUMBERS))  # nothing was asked for
+    assert loaded.number_errors == dials.number_errors
 
 
 def test_answer_scores(processor):
@@ -245,14 +249,14 @@ def test_shapes_are_areas_of_the_two_digits_of_their_four_sides():
 
 
 def test_cells_of_a_shape_are_asked_for_its_sides_and_for_counts(processor):
-    """A red star over 2 x 3 of 4 x 8 cells, a blue one over the first, and a letter, in one scale."""
-    red, blue, letter = (64, 32, 160, 96), (0, 0, 32, 32), (224, 96, 250, 120)
-    marks = (Mark("red", red), Mark("star", red), Mark("blue", blue), Mark("star", blue), Mark("7", letter))
+    """A red star over 2 x 3 of 4 x 8 cells, a blue one over the first, in one scale."""
+    red, blue = (64, 32, 160, 96), (0, 0, 32, 32)
+    marks = (Mark("red", red), Mark("star", red), Mark("blue", blue), Mark("star", blue))
     picture = Picture(Image.new("RGB", (256, 128)), marks)
     numbers = cells.label_numbers(picture, processor, as_is=True).view(4, 8, cells.NUMBERS)
     expected = torch.full((4, 8, cells.NUMBERS), torch.nan)
-    expected[1:3, 2:5] = torch.tensor([0.25, 0.25, 0.625, 0.75, 1 / 6, 2 / 6, 2 / 6])
-    expected[0, 0] = torch.tensor([0, 0, 0.125, 0.25, 1 / 6, 2 / 6, 2 / 6])
+    expected[1:3, 2:5, :7] = torch.tensor([0.25, 0.25, 0.625, 0.75, 1 / 6, 2 / 6, 2 / 6])
+    expected[0, 0, :7] = torch.tensor([0, 0, 0.125, 0.25, 1 / 6, 2 / 6, 2 / 6])
     assert torch.equal(numbers.nan_to_num(-1), expected.nan_to_num(-1))
     sample = data.draw("two_images", 0, 1.0)
     encoded = data.encode(sample, processor)
@@ -260,6 +264,34 @@ def test_cells_of_a_shape_are_asked_for_its_sides_and_for_counts(processor):
     expected = torch.cat([cells.label_numbers(picture, processor) for picture in sample.pictures])
     assert torch.equal(encoded.cell_numbers[is_visual].nan_to_num(-1), expected.nan_to_num(-1))
     assert encoded.cell_numbers[~is_visual].isnan().all() and not expected.isnan().all()
+
+
+def test_cells_of_a_character_are_asked_for_its_place_in_its_text(processor):
+    """Two texts, a character to a cell: of three with a blank between them, and of 14, of which ten count."""
+    lines = ("a 7", "abcdefghijklmn")
+    marks = tuple(
+        Mark(character, (32 * place, 32 * row, 32 * place + 32, 32 * row + 32), (place, len(text) - 1 - place))
+        for row, text in enumerate(lines)
+        for place, character in enumerate(text)
+        if character != " "
+    )
+    picture = Picture(Image.new("RGB", (512, 64)), marks)
+    numbers = cells.label_numbers(picture, processor, as_is=True).view(2, 16, cells.NUMBERS)
+    orders = numbers[..., 7:9]
+    assert torch.equal(orders[0, [0, 2]], torch.tensor([[0, 0.2], [0.2, 0]]))
+    assert torch.equal(orders[1, [0, 3, 12]], torch.tensor([[0, 1], [0.3, 1], [1, 0.1]]))
+    assert orders.isnan().all(-1).sum() == 2 * 16 - 16
+    assert numbers[..., :7].isnan().all() and numbers[..., 9].isnan().all()
+
+
+def test_cells_of_a_chart_are_asked_for_the_value_of_their_column(processor):
+    chart = drawing.Chart("bar", {"A": 35, "B": 7, "D": 81}, annotated=True)
+    picture = drawing.draw_chart(random.Random(0), 0.0, (320, 192), chart)
+    numbers = cells.label_numbers(picture, processor, as_is=True).view(6, 10, cells.NUMBERS)
+    values = numbers[..., 9]
+    [row] = {tuple(row) for row in values.nan_to_num(-1)[1:4].tolist()}
+    assert [value for value, _ in itertools.groupby(row)] == pytest.approx([-1, 0.35, 0.07, 0.81])
+    assert numbers[values.isnan()][..., 7:9].isnan().logical_not().any()  # of labels outside the frame
 
 
 def test_counts_asked_for_are_answers_to_questions():
@@ -271,7 +303,7 @@ def test_counts_asked_for_are_answers_to_questions():
         colors, kinds = ({mark.box: mark.text for mark in picture.marks[start::2]} for start in (0, 1))
         for box, numbers in cells.shape_numbers(picture).items():
             names = (f"{colors[box]} {kinds[box]}s", f"{kinds[box]}s", "shapes")
-            for place, (name, number) in enumerate(zip(names, numbers[cells.SIDE_NUMBERS :], strict=True)):
+            for place, (name, number) in enumerate(zip(names, numbers[4:], strict=True)):
                 for question, answer in sample.turns:
                     if question.startswith((f"How many {name} ", f"Count the {name}.")):
                         assert round(number * cells.MOST_SHAPES) == int(answer)
@@ -282,13 +314,14 @@ def test_counts_asked_for_are_answers_to_questions():
 def test_number_errors_are_mean_distances_from_what_is_asked_for():
     directions = cells.number_directions(16)
     assert torch.allclose(directions.T @ directions, torch.eye(cells.NUMBERS), atol=1e-6)
-    asked = [[0.1, 0.2, 0.5, 0.9, 0.2, 0.4, 0.6], [torch.nan] * cells.NUMBERS, [0.0, 0.0, 1.0, 1.0, 0.5, 0.5, 0.5]]
-    numbers = torch.tensor([asked])
-    hidden = 2 * (numbers.nan_to_num(5) - 0.5) @ directions.T
+    asked = [[0.1, 0.2, 0.5, 0.9, 0.2, 0.4, 0.6], [torch.nan] * 7, [0.0, 0.0, 1.0, 1.0, 0.5, 0.5, 0.5]]
+    others = [[torch.nan] * 3, [torch.nan] * 3, [0.1, 0.0, 0.8]]  # of one cell alone
+    numbers = torch.cat([torch.tensor([asked]), torch.tensor([others])], dim=-1)
+    hidden = 2 * (numbers.nan_to_num(0.5) - 0.5) @ directions.T
     hidden = hidden + (16 - hidden.pow(2).sum(-1, keepdim=True)).clamp(min=0).sqrt() * orthogonal_to(directions)
     nothing = torch.zeros(cells.NUMBERS)
     torch.testing.assert_close(cells.number_errors(7 * hidden, numbers), nothing, atol=1e-6, rtol=0)
-    off = torch.tensor([0.25, 0, 0, 0, 0, 0, 0.125])
+    off = torch.tensor([0.25, 0, 0, 0, 0, 0, 0.125, 0, 0, 0.375])
     torch.testing.assert_close(cells.number_errors(hidden, numbers + off), off, atol=1e-6, rtol=0)
     assert torch.equal(cells.number_errors(hidden.requires_grad_(), numbers * torch.nan), nothing)
     cells.number_errors(hidden, numbers + 0.25).sum().backward()
@@ -351,7 +384,9 @@ def test_close_ups_are_smaller_and_ask_the_same(processor, task):
                 assert width <= max(rights) - min(lefts) + room and height <= max(bottoms) - min(tops) + room
             shows_letters = all(len(mark.text) == 1 for mark in after.marks)
             sides = [
-                side for *_, box in after.marks for side in (box[3] - box[1], box[2] - box[0])[: 2 - shows_letters]
+                side
+                for left, top, right, bottom in (mark.box for mark in after.marks)
+                for side in (bottom - top, right - left)[: 2 - shows_letters]
             ]
             assert min(sides) <= (close_ups.LETTERS if shows_letters else close_ups.SHAPES)[1] + 1e-6
         encoded = data.encode(close, processor)
