@@ -62,8 +62,9 @@ def test_heat_lies_where_the_cell_does(recording, order):
 
 
 def test_command_line_draws_the_embedded_checkpoint(tmp_path, capsys):
-    assert attention_maps.main(["--image", str(ROOT / "examples" / "text.png"), "--output", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.startswith("answer: ")
+    asked = ["--image", str(ROOT / "examples" / "text.png"), "--question", "What does the text say?"]
+    assert attention_maps.main([*asked, "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("answer: 83")
     for name in ("layers.png", "answer.png"):
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
         assert pixels.shape[1] > 600 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
