@@ -255,8 +255,9 @@ def test_cells_of_a_shape_are_asked_for_its_sides_and_for_counts(processor):
     picture = Picture(Image.new("RGB", (256, 128)), marks)
     numbers = cells.label_numbers(picture, processor, as_is=True).view(4, 8, cells.NUMBERS)
     expected = torch.full((4, 8, cells.NUMBERS), torch.nan)
-    expected[1:3, 2:5, :7] = torch.tensor([0.25, 0.25, 0.625, 0.75, 1 / 6, 2 / 6, 2 / 6])
-    expected[0, 0, :7] = torch.tensor([0, 0, 0.125, 0.25, 1 / 6, 2 / 6, 2 / 6])
+    of_shape = cells.NUMBER_GROUPS["places"] + cells.NUMBER_GROUPS["counts"]
+    expected[1:3, 2:5, :of_shape] = torch.tensor([0.25, 0.25, 0.625, 0.75, 1 / 6, 2 / 6, 2 / 6])
+    expected[0, 0, :of_shape] = torch.tensor([0, 0, 0.125, 0.25, 1 / 6, 2 / 6, 2 / 6])
     assert torch.equal(numbers.nan_to_num(-1), expected.nan_to_num(-1))
     sample = data.draw("two_images", 0, 1.0)
     encoded = data.encode(sample, processor)
@@ -277,21 +278,21 @@ def test_cells_of_a_character_are_asked_for_its_place_in_its_text(processor):
     )
     picture = Picture(Image.new("RGB", (512, 64)), marks)
     numbers = cells.label_numbers(picture, processor, as_is=True).view(2, 16, cells.NUMBERS)
-    orders = numbers[..., 7:9]
+    *of_shapes, orders, values = numbers.split([*cells.NUMBER_GROUPS.values()], dim=-1)
     assert torch.equal(orders[0, [0, 2]], torch.tensor([[0, 0.2], [0.2, 0]]))
     assert torch.equal(orders[1, [0, 3, 12]], torch.tensor([[0, 1], [0.3, 1], [1, 0.1]]))
     assert orders.isnan().all(-1).sum() == 2 * 16 - 16
-    assert numbers[..., :7].isnan().all() and numbers[..., 9].isnan().all()
+    assert all(others.isnan().all() for others in (*of_shapes, values))
 
 
 def test_cells_of_a_chart_are_asked_for_the_value_of_their_column(processor):
     chart = drawing.Chart("bar", {"A": 35, "B": 7, "D": 81}, annotated=True)
     picture = drawing.draw_chart(random.Random(0), 0.0, (320, 192), chart)
     numbers = cells.label_numbers(picture, processor, as_is=True).view(6, 10, cells.NUMBERS)
-    values = numbers[..., 9]
-    [row] = {tuple(row) for row in values.nan_to_num(-1)[1:4].tolist()}
+    *_, orders, values = numbers.split([*cells.NUMBER_GROUPS.values()], dim=-1)
+    [row] = {tuple(row) for row in values[1:4, :, 0].nan_to_num(-1).tolist()}
     assert [value for value, _ in itertools.groupby(row)] == pytest.approx([-1, 0.35, 0.07, 0.81])
-    assert numbers[values.isnan()][..., 7:9].isnan().logical_not().any()  # of labels outside the frame
+    assert not orders[values[..., 0].isnan()].isnan().all()  # of labels outside the frame
 
 
 def test_counts_asked_for_are_answers_to_questions():
@@ -303,7 +304,7 @@ def test_counts_asked_for_are_answers_to_questions():
         colors, kinds = ({mark.box: mark.text for mark in picture.marks[start::2]} for start in (0, 1))
         for box, numbers in cells.shape_numbers(picture).items():
             names = (f"{colors[box]} {kinds[box]}s", f"{kinds[box]}s", "shapes")
-            for place, (name, number) in enumerate(zip(names, numbers[4:], strict=True)):
+            for place, (name, number) in enumerate(zip(names, numbers[cells.NUMBER_GROUPS["places"] :], strict=True)):
                 for question, answer in sample.turns:
                     if question.startswith((f"How many {name} ", f"Count the {name}.")):
                         assert round(number * cells.MOST_SHAPES) == int(answer)
