@@ -19,7 +19,7 @@ for version in "${versions[@]}"; do
     [ -d "$environment" ] || python3 -m venv "$environment"
     # What requirements-dev.txt names, without the versions that go with transformers 4.51.
     "$environment/bin/pip" install --quiet --upgrade "transformers==$version" torch==2.13.0 accelerate safetensors pillow \
-        numpy jinja2 tqdm sentencepiece protobuf pytest matplotlib
+        numpy jinja2 tqdm sentencepiece protobuf pytest pytest-timeout matplotlib
     echo "== $("$environment/bin/python" -c 'import transformers; print("transformers", transformers.__version__)')"
     # shellcheck disable=SC2086  # several files
     "$environment/bin/python" -m pytest -q $tests || failed+=("$version")

@@ -2,18 +2,14 @@
 
 import json
 import os
-import resource
 import shutil
-import signal
-import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FIXTURES
+from conversion_worker import Child, convert, convert_counting, run_with_full_disk
 from safetensors.torch import load_file, save_file
 
 import checkpoint_files as files
@@ -45,31 +41,6 @@ def split(folder: Path, suffix: str = "safetensors") -> None:
     (folder / index).write_text(json.dumps({"weight_map": weight_map}))
 
 
-def convert(source: Path, destination: Path) -> int:
-    return converter.main(["official", str(source), str(destination), "--max-shard-size", "200KB"])
-
-
-def fork(work: Callable[[], int]) -> int:
-    """Starts a child that does the work and ends with its result."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 99
-    try:
-        torch.set_num_threads(1)  # the parent's threads are not there
-        code = work()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def wait(child: int) -> int:
-    """Exit code, or the negative of the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -80,60 +51,38 @@ def expected(source, tmp_path) -> dict[str, bytes]:
     return contents(tmp_path / "expected" / "navil")
 
 
-FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.copyfile", "os.listdir"}
-
-
-def file_events(work: Callable[[], int], stop_at: int | None = None) -> int:
-    """Does the work; ends this process with SIGKILL just before its file event of that number. Returns their count."""
-    count = 0
-
-    def watch(event: str, arguments: tuple) -> None:
-        nonlocal count
-        if event in FILE_EVENTS:
-            if count == stop_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-
-    sys.addaudithook(watch)
-    assert work() == 0
-    return count
-
-
 def test_killed_before_any_file_event(source, expected, tmp_path):
     """Every file that the conversion opens, makes, renames or removes is a point at which it is killed once."""
     destination = tmp_path / "out" / "navil"
-    counted = tmp_path / "count"
-    writer = lambda: counted.write_text(str(file_events(lambda: convert(source, destination)))) and 0  # noqa: E731
-    assert wait(fork(writer)) == 0
-    total = int(counted.read_text())
+    total = Child(convert_counting, source, destination).result()
     assert contents(destination) == expected
-    shutil.rmtree(tmp_path / "out")
     outcomes = set()
     # All of the last points, where the folder takes its name, and every fourth of the others.
     for point in (*range(0, total - 12, 4), *range(total - 12, total)):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        assert wait(fork(lambda: file_events(lambda: convert(source, destination), point))) == -signal.SIGKILL  # noqa: B023
+        assert Child(convert_counting, source, destination, point).result() is None
         outcomes.add(destination.exists())
         if destination.exists():
             assert contents(destination) == expected
     assert outcomes == {False, True}
     shutil.rmtree(destination)
-    assert wait(fork(lambda: convert(source, destination))) == 0
+    assert Child(convert, source, destination).result() == 0
     assert contents(destination) == expected
     assert [path.name for path in destination.parent.iterdir()] == ["navil"]  # nothing of the killed runs is left
 
 
 def test_killed_at_any_time(source, expected, tmp_path):
     destination = tmp_path / "out" / "navil"
+    child = Child(convert, source, destination)
     begin = time.monotonic()
-    assert wait(fork(lambda: convert(source, destination))) == 0
+    assert child.result() == 0
     duration = time.monotonic() - begin
     shutil.rmtree(destination)
     for part in range(24):
-        child = fork(lambda: convert(source, destination))
+        child = Child(convert, source, destination)
         time.sleep(duration * part / 20)
-        os.kill(child, signal.SIGKILL)
-        wait(child)
+        child.kill()
+        assert child.result() in (None, 0)
         if destination.exists():
             assert contents(destination) == expected
             shutil.rmtree(destination)
@@ -144,7 +93,6 @@ def test_killed_at_any_time(source, expected, tmp_path):
 @pytest.mark.parametrize("limit", [0, 100, 3_000, 50_000, 150_000, 190_000])
 @pytest.mark.parametrize("command", ["official", "from-llm", "export"])
 def test_full_disk(source, tmp_path, command, limit):
-    """No file may grow beyond the limit, which the system answers as it answers a full disk."""
     if command == "export":
         assert convert(source, tmp_path / "in" / "navil") == 0
         source = tmp_path / "in" / "navil"
@@ -156,19 +104,7 @@ def test_full_disk(source, tmp_path, command, limit):
     destination = tmp_path / "out" / "result"
     arguments = [command, str(source), str(destination), "--max-shard-size", "200KB"]
     arguments += ["--vision-size", "2x64"] if command == "from-llm" else []
-
-    reading, writing = os.pipe()
-
-    def work() -> int:
-        # What pytest captures goes to files, which the limit would stop too.
-        sys.stdout = sys.stderr = os.fdopen(writing, "w", buffering=1)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        return converter.main(arguments)
-
-    code = wait(fork(work))
-    os.close(writing)
-    with os.fdopen(reading) as output:
-        message = output.read()
+    code, message = Child(run_with_full_disk, arguments, limit).result()
     assert code == 1 and "error: " in message, message
     assert list(destination.parent.iterdir()) == []
     assert converter.main(arguments) == 0
