@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .blueprint import load
+from .cells import seen_scales
 from .data import messages
 from .drawing import Picture
 from .tasks import TASKS, Sample, is_correct, make_sample
@@ -85,6 +86,23 @@ def answer_all(
     return answers
 
 
+def one_scale_answers(
+    model: Any, processor: Any, samples: Sequence[Sample], answers: Sequence[list[str]], title: str
+) -> list[list[str]]:
+    """Answers without multi-scale packing; given anew only where a picture of the sample has several scales with it."""
+    changed = [
+        index
+        for index, sample in enumerate(samples)
+        if any(len(seen_scales(picture, processor, as_is=False)[0]) > 1 for picture in sample.pictures)
+    ]
+    others = list(answers)
+    if changed:
+        again = answer_all(model, processor, [samples[i] for i in changed], f"{title}, one scale", multi_scale=False)
+        for index, answer in zip(changed, again, strict=True):
+            others[index] = answer
+    return others
+
+
 def marks(samples: Sequence[Sample], answers: Sequence[Sequence[str]]) -> list[tuple[Sample, bool]]:
     return [
         (sample, is_correct(sample, turn, answer))
@@ -124,8 +142,7 @@ def evaluate(
         if samples[0].images:
             blind = [blanked(sample) for sample in samples]
             row["blind"] = accuracy(marks(blind, answer_all(model, processor, blind, f"{task}, blind")))
-            one_scale = answer_all(model, processor, samples, f"{task}, one scale", multi_scale=False)
-            row["one scale"] = accuracy(marks(samples, one_scale))
+            row["one scale"] = accuracy(marks(samples, one_scale_answers(model, processor, samples, answers, task)))
             for group, belongs in SIZE_GROUPS.items():
                 inside = [(s, right) for s, right in marked if all(belongs(*image.size) for image in s.images)]
                 row[group] = accuracy(inside)
