@@ -401,6 +401,13 @@ def test_no_corner_of_what_is_on_a_patch_is_left_on_the_photograph(inset):
         assert backdrop.image.getpixel((3, 40)) != tone
 
 
+def test_a_patch_that_its_content_sticks_out_of_has_sharp_corners():
+    for seed in range(6):
+        backdrop = drawing.Backdrop(Image.new("RGB", (100, 80), "navy"), ((250, 240, 10),), needs_patch=True)
+        drawing.paint_patch(random.Random(seed), backdrop, (7, 5, 93, 74), -9)
+        assert backdrop.image.crop((7, 5, 93, 74)).getcolors() == [(86 * 69, (250, 240, 10))]
+
+
 @pytest.mark.parametrize("draw", [drawing.draw_chart, drawing.draw_chart_with_matplotlib])
 def test_bars_are_as_high_as_their_values(draw):
     for seed in range(10):
