@@ -69,7 +69,7 @@ def test_command_line_draws_the_embedded_checkpoint(tmp_path, capsys):
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
         assert pixels.shape[1] > 600 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
     for arguments, message in [
-        (["--layers", "9"], "--layers [9] lie outside the 6 layers"),
+        (["--layers", "9"], "--layers [9] lie outside the 8 layers"),
         (["--image", "none.png"], "cannot read an image from 'none.png'"),
     ]:
         assert attention_maps.main([*arguments, "--output", str(tmp_path)]) == 1

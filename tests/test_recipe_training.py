@@ -450,9 +450,9 @@ def test_a_deeper_model_answers_the_same_and_learns(tmp_path, processor, model):
     processor.save_pretrained(tmp_path / "shallow")
     train.Dials(num_answers=7).save(tmp_path / "shallow")
     folders = [str(tmp_path / "shallow"), str(tmp_path / "deeper")]
-    assert deepen.main([*folders, "--vision", "8", "--text", "7"]) == 0
+    assert deepen.main([*folders, "--vision", "10", "--text", "9"]) == 0
     deeper, _ = blueprint.load(tmp_path / "deeper")
-    assert (len(deeper.vision_model.blocks), len(deeper.language_model.model.layers)) == (8, 7)
+    assert (len(deeper.vision_model.blocks), len(deeper.language_model.model.layers)) == (10, 9)
     assert json.loads((tmp_path / "deeper" / "dials.json").read_text())["num_answers"] == 7
     batch = data.pack([drawn(processor, "text", "text_only")], 0)
     inputs = train.model_inputs(batch)
@@ -461,16 +461,16 @@ def test_a_deeper_model_answers_the_same_and_learns(tmp_path, processor, model):
     deeper.train()(**inputs).loss.backward()
     for layer in (*deeper.vision_model.blocks, *deeper.language_model.model.layers):  # also those that add nothing yet
         assert any(parameter.grad is not None and parameter.grad.any() for parameter in layer.parameters())
-    with pytest.raises(ValueError, match="6 layers can be given 6 or more, got 5"):
-        deepen.main([*folders, "--vision", "5", "--text", "7"])
+    with pytest.raises(ValueError, match="8 layers can be given 8 or more, got 5"):
+        deepen.main([*folders, "--vision", "5", "--text", "9"])
 
 
 def test_a_deeper_encoder_attends_in_full_where_it_did(model):
     windowed = copy.deepcopy(model)
-    windowed.config.vision_config.fullatt_block_indexes = [0, 5]
-    deeper = deepen.deepen(windowed, 9, 6).config.vision_config
-    assert deeper.fullatt_block_indexes == [0, 1, 8]
-    assert windowed.config.vision_config.num_hidden_layers == 6
+    windowed.config.vision_config.fullatt_block_indexes = [0, 7]
+    deeper = deepen.deepen(windowed, 12, 8).config.vision_config
+    assert deeper.fullatt_block_indexes == [0, 1, 11]
+    assert windowed.config.vision_config.num_hidden_layers == 8
 
 
 def test_cell_score_counts_what_is_not_empty():
