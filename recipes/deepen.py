@@ -1,6 +1,6 @@
 """Gives a trained model more layers and the same answers, so that training goes on with more capacity.
 
-    python -m recipes.deepen tiny runs/deeper --vision 6 --text 6
+    python -m recipes.deepen tiny runs/deeper --vision 10 --text 8
     python -m recipes.train --runs runs --init runs/deeper
 
 A new layer is a copy of the one before it whose output projections are 0, so that it adds nothing until it is trained
@@ -68,7 +68,7 @@ def deepen(model: nn.Module, vision_layers: int, text_layers: int) -> nn.Module:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Give a trained model more layers and the same answers.",
-        epilog="example: python -m recipes.deepen tiny runs/deeper --vision 6 --text 6",
+        epilog="example: python -m recipes.deepen tiny runs/deeper --vision 10 --text 8",
     )
     parser.add_argument("model", type=Path, help="model folder")
     parser.add_argument("destination", type=Path, help="folder to write, for recipes.train --init")

@@ -210,7 +210,8 @@ def make_backdrop(rng: random.Random, level: float, size: tuple[int, int]) -> Ba
 def paint_patch(rng: random.Random, backdrop: Backdrop, box: Box, inset: int) -> None:
     """Paints the box, its corners sharp or rounded; what is `inset` pixels inside it is all on the patch.
 
-    `inset` is negative where the content sticks out of the box, which has sharp corners then.
+    `inset` is negative where the content sticks out of the box, as small letters do by a pixel in one receipt of
+    thousands: hinting makes them wider than `text_extent` tells. The corners are sharp then.
     """
     most = int(max(0, inset) / (1 - math.sqrt(0.5)))  # a rounder corner would cut the corner of the content off
     radius = rng.choice((0, 0, min(most, min(box[2] - box[0], box[3] - box[1]) // 6)))

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES
-from conversion_worker import Child, convert, convert_counting, run_with_full_disk
 from safetensors.torch import load_file, save_file
 
 import checkpoint_files as files
 import convert_checkpoint as converter
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytest.importorskip("resource", reason="needs POSIX")
+
+from conversion_worker import Child, convert, convert_counting, run_with_full_disk  # noqa: E402
 
 
 @pytest.fixture

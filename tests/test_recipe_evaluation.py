@@ -18,9 +18,11 @@ def processor():
 
 
 class AnswersAll:
-    """In the place of `answer_batch`: answers truly what it has seen, and keeps what was asked."""
+    """In the place of `answer_batch`: answers truly what it has seen but for `wrong(turns, settings)`, and keeps what
+    was asked."""
 
-    def __init__(self, samples):
+    def __init__(self, samples, wrong):
+        self.wrong = wrong
         self.truth = {self.key(s.images, question): answer for s in samples for question, answer in s.turns}
         self.asked = []
 
@@ -30,11 +32,14 @@ class AnswersAll:
 
     def __call__(self, model, processor, conversations, **settings):
         self.asked += [(turns, images, settings) for turns, images in conversations]
-        return [self.truth.get(self.key(images, turns[-1][0]), "?") for turns, images in conversations]
+        return [
+            "?" if self.wrong(turns, settings) else self.truth.get(self.key(images, turns[-1][0]), "?")
+            for turns, images in conversations
+        ]
 
 
-def evaluated(monkeypatch, processor, task, **options):
-    answers = AnswersAll(evaluate.held_out(task, COUNT, *options.get("difficulty", {}).values()))
+def evaluated(monkeypatch, processor, task, wrong=lambda turns, settings: False, **options):
+    answers = AnswersAll(evaluate.held_out(task, COUNT, *options.get("difficulty", {}).values()), wrong)
     monkeypatch.setattr(evaluate, "answer_batch", answers)
     return evaluate.evaluate(nn.Identity(), processor, COUNT, [task], **options)[task], answers.asked
 
@@ -52,21 +57,21 @@ def test_who_sees_scores_and_who_is_blind_does_not(monkeypatch, processor):
     assert row["small (up to 256 x 256)"] in (1, None) and row["majority"] < 0.3
 
 
-def test_a_second_question_follows_the_first_answer(monkeypatch, processor):
-    row, asked = evaluated(monkeypatch, processor, "two_turns")
-    assert row["questions"] == 2 * COUNT and row["score"] == 1
-    second = [turns for turns, images, _ in asked if len(turns) == 2 and not images[0].getcolors(1)]
-    assert second and all(answer not in (None, "?") for (_, answer), _ in second)
-    assert all(answer is None for _, (_, answer) in second)
+def test_a_second_question_follows_the_answer_that_was_given(monkeypatch, processor):
+    row, asked = evaluated(monkeypatch, processor, "two_turns", wrong=lambda turns, settings: len(turns) == 1)
+    assert row["questions"] == 2 * COUNT and row["score"] == 0.5
+    second = [turns for turns, _, _ in asked if len(turns) == 2]
+    assert second and all([answer for _, answer in turns] == ["?", None] for turns in second)
 
 
 def test_without_packing_only_what_several_scales_change_is_asked_again(monkeypatch, processor):
-    _, asked = evaluated(monkeypatch, processor, "scene")
+    row, asked = evaluated(monkeypatch, processor, "scene", wrong=lambda turns, settings: bool(settings))
     again = [images for _, images, settings in asked if settings == {"multi_scale": False}]
     scales = lambda image: len(processor.image_processor([image], multi_scale=True)["image_grid_thw"])  # noqa: E731
     changed = [s.images for s in evaluate.held_out("scene", COUNT) if scales(s.images[0]) > 1]
     assert 0 < len(again) < COUNT
     assert sorted(image.tobytes() for [image] in again) == sorted(image.tobytes() for [image] in changed)
+    assert row["score"] == 1 and row["one scale"] == 1 - len(changed) / COUNT
 
 
 def test_without_pictures_there_is_nothing_to_be_blind_for(monkeypatch, processor):
@@ -85,7 +90,7 @@ def test_held_out_pictures_are_not_those_of_training():
     assert not held_out & {make_sample("text", seed, 1.0).images[0].tobytes() for seed in range(40)}
 
 
-def test_majority_is_the_most_frequent_answer(processor):
+def test_majority_is_the_most_frequent_answer():
     samples = evaluate.held_out("scene", 40)
     answers = [sample.turns[0][1] for sample in samples]
     assert evaluate.majority(samples) == max(map(answers.count, answers)) / 40

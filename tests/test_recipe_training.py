@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -562,6 +563,8 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     runs = str(tmp_path / "runs")
     lengths = [f"--steps={stage}=4" for stage in train.STAGES]
     monkeypatch.setattr(data.PackedSamples.__init__, "__defaults__", (0, 1, 64, 256, False))  # small batches
+    share = 0.25  # not a half, which would not tell the two apart
+    monkeypatch.setitem(train.STAGES, "s2.close", replace(train.STAGES["s2.close"], start_share=share))
     assert train.main(["--runs", runs, "--minutes", "0", "--save-steps", "1", *lengths]) == 0
     assert (tmp_path / "runs" / "text" / "checkpoint-1" / "dials.json").is_file()
     cut_off = tmp_path / "runs" / "text" / "checkpoint-2"  # killed while it was being saved
@@ -574,7 +577,6 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     }
     folders = (final, tmp_path / "runs" / "s2" / "final", final.parent / "checkpoint-4")
     ended, before, after = (load_file(folder / "model.safetensors") for folder in folders)
-    share = train.STAGES["s2.close"].start_share
     assert all(torch.allclose(ended[name], after[name].lerp(before[name], share), atol=1e-6) for name in ended)
     assert any(not torch.equal(before[name], after[name]) for name in ended)
     state = json.loads((tmp_path / "runs" / "text" / "checkpoint-4" / "trainer_state.json").read_text())
