@@ -1,9 +1,9 @@
-"""Training pictures as small as they can still be read.
+"""Training pictures cut down to what is asked about, and reduced.
 
 A picture costs what its patches cost, and most patches of a large one are empty. A close-up is what the model would get
-of the picture's largest scale, reduced until its letters or shapes are as small as any that the model is asked about,
-and without most of what lies around them. Its answers are the same, but boxes are told in what is left of the picture.
-A line of text costs a seventeenth.
+of the picture's largest scale, reduced to letters or shapes of the sizes that the model is to read, and without most of
+what lies around them. Its answers are the same, but boxes are told in what is left of the picture. A line of text costs
+a seventeenth.
 """
 
 import random

@@ -55,7 +55,7 @@ class Stage:
 PICTURES = {"text": 0.32, "receipt": 0.2, "chart": 0.14, "scene": 0.1, "grounding": 0.26}
 PICTURES |= {"two_images": 0.14, "two_turns": 0.08, DESCRIBE: 0.06, PAGE: 0.22}
 WITH_TEXT = PICTURES | {"text_only": 0.14, TEXT_PRETRAINING: 0.05}
-# A text as a close-up costs a fifth or less of what other pictures cost, and what it teaches is what most of them lack.
+# A text as a close-up costs a third or less of what other pictures cost, and what it teaches is what most of them lack.
 CLOSE_UPS = {"text": 0.44, "receipt": 0.13, "chart": 0.045, "scene": 0.05, "grounding": 0.16, "two_images": 0.065}
 CLOSE_UPS |= {"two_turns": 0.015, DESCRIBE: 0.005, PAGE: 0.03, "text_only": 0.05, TEXT_PRETRAINING: 0.01}
 
