@@ -94,8 +94,9 @@ def lerp(low: float, high: float, weight: float) -> float:
     return low + (high - low) * weight
 
 
-def log_uniform(rng: random.Random, low: float, high: float) -> float:
-    return low * (max(low, high) / low) ** rng.random()
+def log_uniform(rng: random.Random, low: float, high: float, skew: float = 1.0) -> float:
+    """With a `skew` above 1 small values are more frequent than large ones."""
+    return low * (max(low, high) / low) ** (rng.random() ** skew)
 
 
 def weighted(rng: random.Random, weights: dict[str, float]) -> str:

@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 from PIL import Image
@@ -27,6 +28,7 @@ Content = TypeVar("Content")
 SPLITS = ("train", "heldout")
 MOST_QUESTIONS = 6  # about a training picture
 EASIER_SHARE = 0.2  # of training samples: drawn below the difficulty asked for, so that easy ones are not forgotten
+SMALL_TEXT_SKEW = 3  # of the font sizes of training texts: letters that are drawn small are the hardest to read
 MATPLOTLIB_SHARE = 0.2  # of training charts, at level 1
 READ_OFF_TOLERANCE = 2  # of a chart's values, where they are not written on top
 READ_OFF_HEIGHT = 128  # pixels: on lower charts nobody can read values off the axis that closely
@@ -487,8 +489,8 @@ def _empty_canvas(rng: random.Random, level: float) -> _Canvas:
     return _Canvas(backdrop, area, drawing.fill_colors(usable_colors(level), backdrop.tones))
 
 
-def draw_text(rng: random.Random, level: float, text: str) -> Picture | None:
-    """The string on a canvas; None where it does not fit at the smallest font size."""
+def draw_text(rng: random.Random, level: float, text: str, skew: float = 1.0) -> Picture | None:
+    """The string on a canvas; None where it does not fit at the smallest font size. `skew`: of font sizes."""
     size = drawing.canvas_size(rng, level, easiest_side=64)
     font = drawing.pick_font(rng, level)
     angle = rng.uniform(-5, 5) * ramp(level, 0.4, 0.9) if rng.random() < 0.7 else 0.0
@@ -498,7 +500,7 @@ def draw_text(rng: random.Random, level: float, text: str) -> Picture | None:
     lowest = lerp(40, 16, spread)
     if highest < lowest:
         return None
-    lettering = drawing.Lettering(font, round(drawing.log_uniform(rng, lowest, highest)), angle)
+    lettering = drawing.Lettering(font, round(drawing.log_uniform(rng, lowest, highest, skew)), angle)
     return drawing.draw_lines(rng, level, [text], lettering, size, in_columns=False)
 
 
@@ -538,7 +540,8 @@ def _draw_fitting(
 
 
 def _text(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
-    text, picture = _draw_fitting(rng, level, make_text, draw_text)
+    skew = SMALL_TEXT_SKEW if split == "train" else 1.0
+    text, picture = _draw_fitting(rng, level, make_text, partial(draw_text, skew=skew))
     return [picture], [Turn("text.read", text)]
 
 

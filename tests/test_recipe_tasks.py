@@ -261,6 +261,18 @@ def test_easy_text_is_black_on_white_and_not_cut_off():
         assert min(left, top, 64 - right, 64 - bottom) >= 2
 
 
+def test_training_texts_are_mostly_small_and_heldout_ones_are_not():
+    def small_share(split: str) -> float:
+        heights = []
+        for seed in range(100):
+            [picture] = make_sample("text", seed, 1.0, split).pictures
+            heights.append(min(mark.box[3] - mark.box[1] for mark in picture.marks))
+        assert min(heights) < 16 and max(heights) > 64  # all sizes occur in both
+        return sum(height < 24 for height in heights) / len(heights)
+
+    assert small_share("train") > 0.62 > small_share("heldout") > 0.4
+
+
 def test_text_contrasts_with_its_backdrop():
     rng = random.Random(0)
     for _ in range(300):
