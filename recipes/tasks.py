@@ -28,7 +28,7 @@ Content = TypeVar("Content")
 SPLITS = ("train", "heldout")
 MOST_QUESTIONS = 6  # about a training picture
 EASIER_SHARE = 0.2  # of training samples: drawn below the difficulty asked for, so that easy ones are not forgotten
-SMALL_TEXT_SKEW = 3  # of the font sizes of training texts: letters that are drawn small are the hardest to read
+SMALL_TEXT_SKEW = 3  # of the font sizes of training texts, at level 1: letters drawn small are the hardest to read
 MATPLOTLIB_SHARE = 0.2  # of training charts, at level 1
 READ_OFF_TOLERANCE = 2  # of a chart's values, where they are not written on top
 READ_OFF_HEIGHT = 128  # pixels: on lower charts nobody can read values off the axis that closely
@@ -540,7 +540,7 @@ def _draw_fitting(
 
 
 def _text(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
-    skew = SMALL_TEXT_SKEW if split == "train" else 1.0
+    skew = lerp(1, SMALL_TEXT_SKEW, level) if split == "train" else 1.0
     text, picture = _draw_fitting(rng, level, make_text, partial(draw_text, skew=skew))
     return [picture], [Turn("text.read", text)]
 

@@ -307,7 +307,6 @@ def training_arguments(stage: Stage, folder: Path, steps: int, save_steps: int) 
 # on runs of 2**n segments, whose shapes come again, and many prepared products are kept. In float32 the fused one wins.
 PLAIN_ATTENTION = "plain"
 ONEDNN_CAPACITY = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "5000")
-MOST_GRAPHS = 32  # of a compiled layer, which has one for each range of sizes; torch runs further ones uncompiled
 
 
 @torch.compiler.disable
@@ -354,7 +353,6 @@ def run_stage(
         copy_text_experts(model)
     choose_trained(model, name)
     if compiled:
-        torch._dynamo.config.recompile_limit = MOST_GRAPHS
         for layer in (*model.vision_model.blocks, *model.language_model.model.layers):
             layer.compile(dynamic=True)
     weights = torch.tensor([stage.mix.get(task, 0.0) for task in ALL_TASKS])
