@@ -15,6 +15,7 @@ the hidden states, for which the model has no weights of its own.
 """
 
 from collections import defaultdict
+from functools import cache
 from math import ceil
 from typing import Any
 
@@ -200,6 +201,7 @@ def number_errors(hidden_states: Tensor, numbers: Tensor) -> Tensor:
     return distances.sum(0) / asked.sum((0, 1)).clamp(min=1)
 
 
+@cache
 def token_of(text: str, tokenizer: Any) -> int:
     """A character as answers spell it; of a word as questions have it, with the blank in front, the first token."""
     return tokenizer(text if len(text) == 1 else f" {text}", add_special_tokens=False)["input_ids"][0]

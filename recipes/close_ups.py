@@ -17,8 +17,6 @@ from .cells import seen_scales
 from .drawing import Box, Mark, Picture, log_uniform, shifted
 from .tasks import PAGE, Accepted, Sample, thousandths
 
-# Of the training pictures; the others are as the model gets them in use.
-SHARE, SHARES = 0.8, {"text": 0.93, "grounding": 0.55}
 LETTERS, SHAPES = (14, 96), (16, 64)  # pixels: heights of lines, sides of shapes; log-uniform, never enlarged for it
 CUT_OUT = ("text", "receipt", "scene", "two_images", "two_turns", PAGE)  # whose answers do not depend on places
 MARGIN = 1.5  # merged cells, at most, around what is cut out

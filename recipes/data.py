@@ -6,7 +6,7 @@ Packed samples do not see each other: every row carries a block-diagonal causal 
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 from navil_modules import processing, tokenization
 
 from .cells import NUMBERS, label_cells, label_numbers
-from .close_ups import SHARE, SHARES, close_up
+from .close_ups import close_up
 from .tasks import DESCRIBE, PAGE, TASKS, Sample, make_sample, make_text_sample
 
 TEXT_PRETRAINING = "pretrain_text"
@@ -184,8 +184,10 @@ class PackedSamples(IterableDataset):
         first_seed: seed of the first sample; a resumed run starts where the last one stopped.
         rows, row_length: shape of a batch, in tokens, but for a row that its filler may need; a longer sample has a
             longer row of its own.
-        max_patches: patches of a batch, its filler aside; a larger picture comes alone.
-        close_ups: whether most pictures come as close-ups.
+        patches_per_row: so many times the rows are the patches of a batch, its filler aside; a larger picture comes
+            alone.
+        close_ups: of each task, the share of samples whose pictures come as close-ups.
+        dtype: of the patches.
     """
 
     def __init__(
@@ -196,8 +198,9 @@ class PackedSamples(IterableDataset):
         first_seed: int = 0,
         rows: int = 4,
         row_length: int = 768,
-        max_patches: int = 8192,
-        close_ups: bool = False,
+        patches_per_row: int = 2048,
+        close_ups: Mapping[str, float] | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         self.processor = processor
         self.weights = weights
@@ -205,8 +208,9 @@ class PackedSamples(IterableDataset):
         self.first_seed = first_seed
         self.rows = rows
         self.row_length = row_length
-        self.max_patches = max_patches
-        self.close_ups = close_ups
+        self.max_patches = rows * patches_per_row
+        self.close_ups = close_ups or {}
+        self.dtype = dtype
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         pad_id = self.processor.tokenizer.pad_token_id
@@ -215,7 +219,10 @@ class PackedSamples(IterableDataset):
             if not self._place(rows, sample):
                 if any(other.num_patches for row in rows for other in row):
                     add_filler(rows, self.row_length, self.processor)
-                yield pack(rows, pad_id)
+                batch = pack(rows, pad_id)
+                if "pixel_values" in batch:
+                    batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+                yield batch
                 rows = [[sample]]
 
     def _samples(self) -> Iterator[Encoded]:
@@ -227,7 +234,7 @@ class PackedSamples(IterableDataset):
             task = ALL_TASKS[int(torch.multinomial(self.weights, 1, generator=generator))]
             sample = draw(task, seed, float(self.difficulty[ALL_TASKS.index(task)]))
             rng = random.Random(seed)
-            if self.close_ups and rng.random() < SHARES.get(task, SHARE):
+            if rng.random() < self.close_ups.get(task, 0.0):
                 sample = close_up(rng, sample, self.processor)
             yield encode(sample, self.processor)
             seed += step

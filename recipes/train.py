@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils import benchmark
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -48,8 +49,10 @@ class Stage:
     learning_rate: float
     weight_decay: float
     decay: float = 0.0  # share of the steps, the last ones, over which the learning rate falls to 0
-    close_ups: bool = False
+    close_ups: dict[str, float] = field(default_factory=dict)  # share of each task's pictures that come so
     start_share: float = 0.0  # of the weights it started from, in those it ends with
+    rows: int = 4  # of a batch
+    needs_gpu: bool = False
 
 
 PICTURES = {"text": 0.32, "receipt": 0.2, "chart": 0.14, "scene": 0.1, "grounding": 0.26}
@@ -58,6 +61,11 @@ WITH_TEXT = PICTURES | {"text_only": 0.14, TEXT_PRETRAINING: 0.05}
 # A text as a close-up costs a third or less of what other pictures cost, and what it teaches is what most of them lack.
 CLOSE_UPS = {"text": 0.55, "receipt": 0.11, "chart": 0.04, "scene": 0.035, "grounding": 0.13, "two_images": 0.05}
 CLOSE_UPS |= {"two_turns": 0.01, DESCRIBE: 0.005, PAGE: 0.02, "text_only": 0.04, TEXT_PRETRAINING: 0.01}
+MOSTLY_CLOSE = dict.fromkeys(ALL_TASKS, 0.8) | {"text": 0.93, "grounding": 0.55}
+# On a GPU it is the cores that draw that count, and to them a whole picture costs twice what a close-up does.
+LARGE = {"text": 0.36, "receipt": 0.14, "chart": 0.1, "scene": 0.06, "grounding": 0.16, "two_images": 0.07}
+LARGE |= {"two_turns": 0.02, DESCRIBE: 0.01, PAGE: 0.03, "text_only": 0.04, TEXT_PRETRAINING: 0.01}
+HALF_CLOSE = dict.fromkeys(ALL_TASKS, 0.5) | {"text": 0.7}
 
 STAGES = {
     # The base LLM: formats, arithmetic and copying, from text alone.
@@ -65,9 +73,13 @@ STAGES = {
     "s1.1": Stage(PICTURES, 1000, 1e-3, 0.05),
     "s1.2": Stage(WITH_TEXT, 500, 1e-3, 0.1),
     "s2": Stage(WITH_TEXT, 60000, 7e-4, 0.01, decay=0.3),
-    "s2.close": Stage(CLOSE_UPS, 10000, 7e-4, 0.01, decay=0.5, close_ups=True, start_share=0.5),
+    "s2.close": Stage(CLOSE_UPS, 10000, 7e-4, 0.01, decay=0.5, close_ups=MOSTLY_CLOSE, start_share=0.5),
+    "s2.large": Stage(
+        LARGE, 1500, 1.5e-3, 0.01, decay=0.5, close_ups=HALF_CLOSE, start_share=0.25, rows=64, needs_gpu=True
+    ),
 }
-LAST_STAGE = list(STAGES)[-1]
+WARMUP_STEPS = 100
+NO_END = 10**6  # steps, where the clock ends a stage
 NUMBER_ERROR_WEIGHT = 0.5  # of each, against the loss on labels; of sides alone the gradient is then as large as theirs
 
 # A dial opens when the running score of its task is at least this, and closes when it is far below. The score is the
@@ -182,13 +194,31 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
     return inputs | {"labels": labels, "use_cache": False}
 
 
+@dataclass
+class Clock:
+    """A learning rate that falls by the clock, where the hours are known and not how many steps they hold."""
+
+    minutes: float
+    decay: float  # share of the minutes, the last ones, over which the rate falls to 0
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def end(self) -> float:
+        return self.start + 60 * self.minutes
+
+    def share_of_rate(self, step: int) -> float:
+        left = max(0.0, self.end - time.monotonic()) / (60 * self.minutes)
+        return min(1.0, step / WARMUP_STEPS, left / self.decay if self.decay else 1.0)
+
+
 class PackedTrainer(Trainer):
     """Trainer over `PackedSamples`, which come as whole batches and tell their tasks' progress to the dials."""
 
-    def __init__(self, *args: Any, dials: Dials, dtype: torch.dtype, **kwargs: Any):
+    def __init__(self, *args: Any, dials: Dials, dtype: torch.dtype, clock: "Clock | None", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.dials = dials
         self.dtype = dtype  # of a step's arithmetic; weights, gradients and optimizer stay float32
+        self.clock = clock  # that sets the learning rate, instead of the number of steps
         self.empty_id = token_of(EMPTY, self.processing_class.tokenizer)
         self.digit_ids = torch.tensor([token_of(digit, self.processing_class.tokenizer) for digit in "0123456789"])
         self.model_accepts_loss_kwargs = False  # one packed batch per step: its own mean is the loss
@@ -198,10 +228,19 @@ class PackedTrainer(Trainer):
             self.optimizer = MuonWithAdamW(self.model, self.args.learning_rate, self.args.weight_decay, self.dtype)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        if self.clock is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.clock.share_of_rate)
+        return self.lr_scheduler
+
     def get_train_dataloader(self) -> DataLoader:
         # On a CPU training itself needs the cores; a GPU waits for samples unless all of them draw.
-        num_workers = 1 if self.args.use_cpu else max(1, (os.cpu_count() or 1) - 1)
-        return DataLoader(self.train_dataset, batch_size=None, num_workers=num_workers, prefetch_factor=8)
+        on_gpu = not self.args.use_cpu
+        num_workers = max(1, (os.cpu_count() or 1) - 1) if on_gpu else 1
+        ahead = 2 if on_gpu else 8  # batches that a process draws beforehand: a large one has 100 MB of patches
+        settings = {"num_workers": num_workers, "prefetch_factor": ahead, "pin_memory": on_gpu}
+        return DataLoader(self.train_dataset, batch_size=None, **settings)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         tasks, answers, cells = (inputs[name] for name in ("task_index", "labels", "cell_labels"))
@@ -264,7 +303,7 @@ def copy_text_experts(model: nn.Module) -> None:
 def choose_trained(model: nn.Module, stage: str) -> None:
     """Lets a stage's parameters train; the text experts and the embeddings alone in the stage before the paper's."""
     if stage != "text":
-        model.set_training_stage(stage.removesuffix(".close"))
+        model.set_training_stage("s2" if stage.startswith("s2.") else stage)
         return
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("language_model.") and ".visual." not in name)
@@ -290,7 +329,7 @@ def training_arguments(stage: Stage, folder: Path, steps: int, save_steps: int) 
         learning_rate=stage.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": round(stage.decay * steps)},
-        warmup_steps=100,
+        warmup_steps=WARMUP_STEPS,
         weight_decay=stage.weight_decay,
         use_cpu=not on_gpu,
         logging_steps=min(20, steps),
@@ -334,9 +373,19 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def run_stage(
-    name: str, folder: Path, start: Path, steps: int, deadline: float | None, save_steps: int, compiled: bool = False
+    name: str,
+    folder: Path,
+    start: Path,
+    steps: int,
+    deadline: float | None,
+    save_steps: int,
+    compiled: bool = False,
+    finish_in: float | None = None,
 ) -> bool:
-    """Trains one stage from the model folder `start`, or from the stage's own last checkpoint; True when complete."""
+    """Trains one stage from the model folder `start`, or from the stage's own last checkpoint; True when complete.
+
+    With `finish_in` it is complete after so many minutes from now, in however many steps.
+    """
     stage = STAGES[name]
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = last_checkpoint(folder)
@@ -356,26 +405,38 @@ def run_stage(
         for layer in (*model.vision_model.blocks, *model.language_model.model.layers):
             layer.compile(dynamic=True)
     weights = torch.tensor([stage.mix.get(task, 0.0) for task in ALL_TASKS])
+    clock = None
+    if finish_in is not None:
+        clock = Clock(finish_in, stage.decay)
+        deadline, steps = clock.end, NO_END
     trainer = PackedTrainer(
         model=model,
         args=training_arguments(stage, folder, steps, save_steps),
         train_dataset=PackedSamples(
-            processor, weights, dials.difficulty, first_seed=dials.num_answers, close_ups=stage.close_ups
+            processor,
+            weights,
+            dials.difficulty,
+            first_seed=dials.num_answers,
+            rows=stage.rows,
+            close_ups=stage.close_ups,
+            dtype=dtype,
         ),
         processing_class=processor,
         dials=dials,
         dtype=dtype,
+        clock=clock,
         callbacks=[Progress(dials, folder, deadline)],
     )
     steps_done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if steps_done < steps:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         steps_done = trainer.state.global_step
-    if steps_done >= steps:
+    is_complete = steps_done >= steps or clock is not None
+    if is_complete:
         if stage.start_share:
             mix_in(model, start, stage.start_share)
         finish(trainer, dials, folder)
-    return steps_done >= steps
+    return is_complete
 
 
 def mix_in(model: nn.Module, folder: Path, share: float) -> None:
@@ -409,9 +470,15 @@ def build_start(folder: Path) -> Path:
     return start
 
 
+def stages_here() -> list[str]:
+    """Names of the stages, in order; without those that need a GPU where there is none."""
+    return [name for name, stage in STAGES.items() if torch.cuda.is_available() or not stage.needs_gpu]
+
+
 def build_parser() -> argparse.ArgumentParser:
+    names = stages_here()
     parser = argparse.ArgumentParser(
-        description="Train the small NaViL: text, s1.1, s1.2, s2, s2.close. Run again to resume.",
+        description=f"Train the small NaViL: {', '.join(names)}. Run again to resume.",
         epilog="example: python -m recipes.train --runs runs --minutes 10 --steps s2=20000",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs (%(default)s)")
@@ -425,7 +492,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--save-steps", type=int, default=250, help="steps between checkpoints (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile the layers; needs a C++ compiler")
-    parser.add_argument("--init", type=Path, metavar="DIR", help=f"{LAST_STAGE} alone, from a published model folder")
+    parser.add_argument(
+        "--finish-in", type=float, metavar="MINUTES", help=f"end {names[-1]} so, its learning rate falling by the clock"
+    )
+    parser.add_argument("--init", type=Path, metavar="DIR", help=f"{names[-1]} alone, from a published model folder")
     return parser
 
 
@@ -445,16 +515,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lengths = stage_lengths(options.steps)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     options.runs.mkdir(parents=True, exist_ok=True)
-    stages = list(STAGES) if options.init is None else [LAST_STAGE]
-    if options.init is not None and (options.runs / LAST_STAGE / "final").is_dir():
-        raise ValueError(
-            f"{options.runs / LAST_STAGE} is trained already: another --runs is needed to go on from {options.init}"
-        )
+    stages = stages_here()
+    if options.init is not None:
+        stages = stages[-1:]
+        if (options.runs / stages[0] / "final").is_dir():
+            raise ValueError(
+                f"{options.runs / stages[0]} is trained already: another --runs is needed to go on from {options.init}"
+            )
     start = options.init or build_start(options.runs)
     for name in stages:
         folder = options.runs / name
+        finish_in = options.finish_in if name == stages[-1] else None
         if not (folder / "final").is_dir() and not run_stage(
-            name, folder, start, lengths[name], deadline, options.save_steps, options.compile
+            name, folder, start, lengths[name], deadline, options.save_steps, options.compile, finish_in
         ):
             print(f"stopped in {name}; run again to resume")
             return 0

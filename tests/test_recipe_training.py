@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_packed_samples_do_not_see_each_other(model, processor):
 def test_stream_fills_batches_within_their_limits(processor):
     weights = torch.tensor([1.0 if task in ("text", "text_only") else 0.0 for task in data.ALL_TASKS])
     difficulty = torch.zeros(len(data.ALL_TASKS))
-    settings = {"rows": 3, "row_length": 640, "max_patches": 4096}
+    settings = {"rows": 3, "row_length": 640, "patches_per_row": 1365}
     stream = iter(data.PackedSamples(processor, weights, difficulty, first_seed=5, **settings))
     batches = [next(stream) for _ in range(3)]
     for batch in batches:
@@ -114,7 +115,7 @@ def test_stream_fills_batches_within_their_limits(processor):
         assert set(batch["task_index"].tolist()) <= {data.ALL_TASKS.index("text"), data.ALL_TASKS.index("text_only")}
     again = next(iter(data.PackedSamples(processor, weights, difficulty, first_seed=5, **settings)))
     torch.testing.assert_close(again, batches[0], rtol=0, atol=0, equal_nan=True)
-    longer = next(iter(data.PackedSamples(processor, weights, difficulty, rows=3, row_length=32, max_patches=4096)))
+    longer = next(iter(data.PackedSamples(processor, weights, difficulty, rows=3, row_length=32, patches_per_row=1365)))
     assert longer["input_ids"].shape[1] % data.ROW_STEP == 0
 
 
@@ -505,27 +506,61 @@ def test_optimizer_takes_every_parameter_once_and_survives_saving(model):
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
-@pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
-def test_muon_is_torchs_in_any_dtype(shape):
+def test_muon_is_torchs_in_any_dtype_and_takes_matrices_of_all_shapes():
     torch.manual_seed(0)
-    start, gradients = torch.randn(shape), torch.randn(3, *shape)
+    shapes = [(96, 64), (64, 96), (96, 64), (64, 64)]
+    starts = [torch.randn(shape) for shape in shapes]
+    gradients = [[scale * torch.randn(shape) for scale, shape in enumerate(shapes, start=1)] for _ in range(3)]
     makers = {
-        "torch": lambda matrix: torch.optim.Muon([matrix], 1e-2, 0.1, adjust_lr_fn="match_rms_adamw"),
-        "bf16": lambda matrix: optimizer.Muon([matrix], 1e-2, 0.1, torch.bfloat16),
-        "float32": lambda matrix: optimizer.Muon([matrix], 1e-2, 0.1, torch.float32),
+        "torch": lambda matrices: torch.optim.Muon(matrices, 1e-2, 0.1, adjust_lr_fn="match_rms_adamw"),
+        "bf16": lambda matrices: optimizer.Muon(matrices, 1e-2, 0.1, torch.bfloat16),
+        "float32": lambda matrices: optimizer.Muon(matrices, 1e-2, 0.1, torch.float32),
     }
     ends = {}
     for name, make in makers.items():
-        matrix = torch.nn.Parameter(start.clone())
-        muon = make(matrix)
-        for gradient in gradients:
-            matrix.grad = gradient.clone()
+        matrices = [torch.nn.Parameter(start.clone()) for start in starts]
+        idle = torch.nn.Parameter(torch.ones(64, 64))  # it gets no gradient
+        muon = make([*matrices, idle])
+        for step in gradients:
+            for matrix, gradient in zip(matrices, step, strict=True):
+                matrix.grad = gradient.clone()
             muon.step()
-        ends[name] = matrix.detach()
-    assert torch.equal(ends["bf16"], ends["torch"])
-    moved = (ends["torch"] - start).abs().max()
-    assert 0 < (ends["float32"] - ends["torch"]).abs().max() < 0.02 * moved
-    assert torch.linalg.svdvals(optimizer.orthogonalize(gradients[0], torch.float32)).sub(1).abs().max() < 0.4
+        assert torch.equal(idle, torch.ones(64, 64))
+        ends[name] = [matrix.detach() for matrix in matrices]
+    for start, expected, in_bf16, in_float32 in zip(starts, *ends.values(), strict=True):
+        moved = (expected - start).abs().max()
+        assert (in_bf16 - expected).abs().max() < 1e-3 * moved
+        assert 0 < (in_float32 - expected).abs().max() < 0.02 * moved
+    for matrices in (torch.randn(2, 96, 64), torch.randn(2, 64, 96)):
+        assert torch.linalg.svdvals(optimizer.orthogonalize(matrices, torch.float32)).sub(1).abs().max() < 0.4
+
+
+def test_the_clock_lets_the_learning_rate_rise_stay_and_fall(monkeypatch):
+    now = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(train.time, "monotonic", lambda: now.seconds)
+    clock = train.Clock(minutes=10, decay=0.5, start=1000.0)
+    assert clock.end == 1600
+    assert [clock.share_of_rate(step) for step in (0, 50, 100, 5000)] == [0, 0.5, 1, 1]
+    shares = {1299.0: 1.0, 1300.0: 1.0, 1450.0: 0.5, 1599.0: 1 / 300, 1600.0: 0.0, 1700.0: 0.0}
+    for now.seconds, share in shares.items():
+        assert clock.share_of_rate(5000) == pytest.approx(share)
+    now.seconds = 1599.0
+    assert train.Clock(minutes=10, decay=0.0, start=1000.0).share_of_rate(100) == 1
+
+
+def test_each_task_has_its_share_of_close_ups(processor):
+    weights = torch.tensor([1.0 if task in ("text", "scene") else 0.0 for task in data.ALL_TASKS])
+    difficulty = torch.ones(len(data.ALL_TASKS))
+
+    def patches_per_answer(close: dict[str, float]) -> dict[str, float]:
+        batch = next(iter(data.PackedSamples(processor, weights, difficulty, close_ups=close, dtype=torch.bfloat16)))
+        assert batch["pixel_values"].dtype == torch.bfloat16
+        return len(batch["pixel_values"]) / len(batch["task_index"])
+
+    whole = patches_per_answer({})
+    some = patches_per_answer({"text": 1.0})
+    most = patches_per_answer({"text": 1.0, "scene": 1.0})
+    assert whole > 1.2 * some > 1.4 * most
 
 
 def test_a_compiled_block_is_one_graph_for_any_number_of_segments(model):
@@ -555,6 +590,7 @@ def test_stages_train_what_the_paper_says(model, stage):
         "s1.2": visual | text_attention,
         "s2": set(names),
         "s2.close": set(names),
+        "s2.large": set(names),
     }[stage]
     assert trained == expected and text_attention and visual
 
@@ -562,7 +598,9 @@ def test_stages_train_what_the_paper_says(model, stage):
 def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     runs = str(tmp_path / "runs")
     lengths = [f"--steps={stage}=4" for stage in train.STAGES]
-    monkeypatch.setattr(data.PackedSamples.__init__, "__defaults__", (0, 1, 64, 256, False))  # small batches
+    monkeypatch.setattr(data.PackedSamples.__init__, "__defaults__", (0, 1, 64, 256, None, torch.float32))  # small
+    for name, stage in train.STAGES.items():
+        monkeypatch.setitem(train.STAGES, name, replace(stage, rows=1))
     share = 0.25  # not a half, which would not tell the two apart
     monkeypatch.setitem(train.STAGES, "s2.close", replace(train.STAGES["s2.close"], start_share=share))
     assert train.main(["--runs", runs, "--minutes", "0", "--save-steps", "1", *lengths]) == 0
@@ -582,7 +620,7 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     state = json.loads((tmp_path / "runs" / "text" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
     assert plot.main([runs, "--output", str(tmp_path / "training.png")]) == 0
-    assert Image.open(tmp_path / "training.png").size == (1200, 300 * len(train.STAGES))
+    assert Image.open(tmp_path / "training.png").size == (1200, 300 * len(train.stages_here()))
     assert publish.main([str(final), str(tmp_path / "published"), "--count", "2"]) == 0
     published = load_file(tmp_path / "published" / "model.safetensors")
     assert all(torch.equal(published[name], weight.bfloat16()) for name, weight in ended.items())
@@ -602,5 +640,8 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
         train.main(more)
     dials = json.loads((tmp_path / "more" / "s2.close" / "final" / "dials.json").read_text())
     assert dials["num_answers"] > json.loads((tmp_path / "published" / "dials.json").read_text())["num_answers"]
+    minutes = ["--runs", str(tmp_path / "minutes"), "--init", str(tmp_path / "published"), "--finish-in", "0.02"]
+    assert train.main(minutes) == 0
+    assert (tmp_path / "minutes" / "s2.close" / "final" / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="'s3=1'"):
         train.main(["--runs", runs, "--steps", "s3=1"])
