@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ class Bench:
     rounds: int
     matmul_rate: float
     bandwidth: float
+    compiles_layers: bool = False
 
     def build(self, model_class: type, config: Any) -> torch.nn.Module:
         return baselines.on_device(lambda: model_class._from_config(config, torch_dtype=self.dtype), self.device)
@@ -162,6 +164,8 @@ def vision_rows(bench: Bench, cases: Sequence[tuple[int, tuple[int, int]]]) -> I
     """Each case is so many photos of a size in one batch."""
     model = bench.build(modeling.NaViLForConditionalGeneration, vision_only(bench.config))
     qwen = baselines.qwen_vision(bench.config, bench.device, bench.dtype)
+    if bench.compiles_layers:
+        compile_layers(model.vision_model.blocks, qwen.blocks)
     for count, size in cases:
         patches, grids = bench.patches(size, count)
         ours = lambda patches=patches, grids=grids: model.get_image_features(patches, grids)  # noqa: E731
@@ -187,6 +191,8 @@ def prefill_rows(bench: Bench, lengths: Sequence[int]) -> Iterator[Row]:
     config = bench.config.text_config
     model = bench.build(modeling.NaViLForCausalLM, config)
     llm = baselines.plain_llm(config, bench.device, bench.dtype)
+    if bench.compiles_layers:
+        compile_layers(model.model.layers, llm.model.layers)
     for length in lengths:
         ids = torch.randint(config.vocab_size, (1, length), device=bench.device)
         visual = torch.zeros(1, length, dtype=torch.bool, device=bench.device)
@@ -246,13 +252,13 @@ def decode_step(bench: Bench, model: Any, config: Any, kind: str, batch: int, co
         return cache
 
     cache = filled()
+    positions = torch.arange(shape[2], context, device=bench.device).split(1)
 
     @torch.no_grad()
     def step() -> None:
         if kind == "dynamic":
             cache.crop(shape[2])
-        for index in range(TOKENS_PER_TIMING):
-            position = torch.tensor([shape[2] + index], device=bench.device)
+        for position in positions:
             model(token, past_key_values=cache, cache_position=position, position_ids=position[None])
 
     return step
@@ -279,6 +285,11 @@ def with_image_tokens(config: Any) -> Any:
     config = configuration.NaViLConfig.from_dict(config.to_dict())
     config.image_token_id, config.image_start_token_id = 1, 2
     return config
+
+
+def compile_layers(*stacks: Sequence[torch.nn.Module]) -> None:
+    for layer in chain(*stacks):
+        layer.compile(dynamic=True)
 
 
 def release(device: torch.device) -> None:
@@ -353,6 +364,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="decoding (%(default)s)")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192], help="decoding, tokens (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="decode compiled on static caches; on a GPU always")
+    parser.add_argument("--compile-layers", action="store_true", help="of the encoder and, in prefill, of the decoder")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
     return parser
 
@@ -371,6 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=options.rounds,
         matmul_rate=limits.matmul_rate(device, dtype),
         bandwidth=limits.memory_bandwidth(device),
+        compiles_layers=options.compile_layers,
     )
     rows = []
     with torch.no_grad():

@@ -8,7 +8,7 @@ from conftest import relative_error
 
 pytest.importorskip("matplotlib")  # as all of the recipes' packages, whose loader the benchmarks use
 
-from benchmarks import baselines, limits, memory, run  # noqa: E402
+from benchmarks import baselines, kernels, limits, memory, run  # noqa: E402
 from navil_modules import configuration, modeling  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -95,3 +95,32 @@ def test_memory_is_measured_over_what_was_there(tiny_benchmark):
     assert memory.Peak(CPU).mib() < 8
     measured = memory.measure_forward("small", 64, dense=False, device=CPU, dtype=torch.float32)
     assert measured["patches"] == 64 and measured["peak"] > 0
+
+
+def test_profiles_count_kernels_and_host_waits():
+    x = torch.ones(256, 256)
+    quiet = kernels.measure(lambda: (x @ x) @ x, CPU)
+    assert quiet.num_waits == 0 and quiet.num_kernels >= 2 and quiet.longest[0][0] == "aten::mm"
+    assert 0 < quiet.longest[0][1] <= quiet.busy
+    assert kernels.measure(lambda: (x @ x).sum().item(), CPU).num_waits == 1
+
+
+def test_profiles_of_every_case(tiny_benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "PHOTO", (64, 48))
+    monkeypatch.setattr(kernels, "LENGTH", 16)
+    monkeypatch.setattr(kernels, "CONTEXT", 8)
+    compiled = []
+    monkeypatch.setattr(run, "compile_layers", lambda *stacks: compiled.extend(stacks))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    assert kernels.main(["--device", "cpu"]) == 0
+    names = [line.split(" | ")[0].removeprefix("| ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert names == [
+        "attention, flash by run",
+        "vision",
+        "vision, layers compiled",
+        "prefill",
+        "prefill, layers compiled",
+        "decode 4 tokens, NaViL, compiled",
+        "decode 4 tokens, Qwen3, compiled",
+    ]
+    assert len(compiled) == 2

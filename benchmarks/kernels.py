@@ -1,0 +1,165 @@
+"""Where the time of a forward goes on a GPU: how long kernels run, how many, and how often the host waits for them.
+
+    python -m benchmarks.kernels --device cuda --dtype bfloat16 --size 2b
+
+A forward whose kernels run for much less than it takes is bound by the host that starts them.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from navil_modules import modeling
+
+from . import baselines, run
+from .timing import seconds
+
+GRAPHS = ("cudaGraphLaunch",)
+WAITS = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize")
+WARMUPS, ROUNDS = 3, 5
+PHOTO = (1920, 1080)
+LENGTH, CONTEXT = 4096, 1024  # tokens of prefill, of decoding
+
+Work = Callable[[], Any]
+
+
+@dataclass
+class Profile:
+    """One call: seconds in all, seconds that its kernels ran, their number, CUDA graphs started as one, host waits, and
+    the kernels that took most."""
+
+    wall: float
+    busy: float
+    num_kernels: int
+    num_graphs: int
+    num_waits: int
+    longest: list[tuple[str, float]]
+
+
+def measure(work: Work, device: torch.device, top: int = 3) -> Profile:
+    """On a CPU, torch's operations stand for kernels."""
+    for _ in range(WARMUPS):
+        work()
+    wall = statistics.median(seconds(work, device) for _ in range(ROUNDS))
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
+    with profile(activities=activities) as profiler:
+        work()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    rows = profiler.key_averages()
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    times = {row.key: row.self_device_time_total if on_gpu else row.self_cpu_time_total for row in rows}
+    kernels = [row for row in rows if row.device_type == kind and times[row.key] > 0]
+    longest = sorted(kernels, key=lambda row: -times[row.key])[:top]
+    num_graphs, num_waits = (sum(row.count for row in rows if row.key in names) for names in (GRAPHS, WAITS))
+    return Profile(
+        wall=wall,
+        busy=sum(times[row.key] for row in kernels) / 1e6,
+        num_kernels=sum(row.count for row in kernels),
+        num_graphs=num_graphs,
+        num_waits=num_waits - on_gpu,  # the last is the profile's own
+        longest=[(row.key, times[row.key] / 1e6) for row in longest],
+    )
+
+
+def attention_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
+    """The encoder's attention alone, on a photo's segments, by each of torch's kernels."""
+    vision = bench.config.vision_config
+    patches, grids = bench.patches(PHOTO)
+    layout = modeling.PackedLayout.build(grids.tolist(), vision, bench.device)
+    shape = (3, len(patches), vision.num_attention_heads, vision.head_dim)
+    heads = torch.randn(shape, device=bench.device, dtype=bench.dtype)
+
+    def attend(function: Callable) -> Any:
+        return function(*heads, layout.segments, vision.head_dim**-0.5)
+
+    def by_backend(backend: SDPBackend) -> Any:
+        with sdpa_kernel(backend):
+            return attend(modeling.segment_attention_sdpa)
+
+    if modeling.varlen_attn is not None and bench.device.type == "cuda":
+        yield "attention, varlen", partial(attend, modeling.segment_attention_varlen)
+    backends = {"flash": SDPBackend.FLASH_ATTENTION}
+    if bench.device.type == "cuda":
+        backends["cuDNN"] = SDPBackend.CUDNN_ATTENTION
+    for name, backend in backends.items():
+        yield f"attention, {name} by run", partial(by_backend, backend)
+
+
+def vision_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
+    model = bench.build(modeling.NaViLForConditionalGeneration, run.vision_only(bench.config))
+    patches, grids = bench.patches(PHOTO)
+    yield from plain_and_compiled("vision", model.vision_model.blocks, lambda: model.get_image_features(patches, grids))
+
+
+def prefill_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
+    config = bench.config.text_config
+    model = bench.build(modeling.NaViLForCausalLM, config)
+    ids = torch.randint(config.vocab_size, (1, LENGTH), device=bench.device)
+    visual = torch.zeros(1, LENGTH, dtype=torch.bool, device=bench.device)
+    visual[:, LENGTH // 8 : 7 * LENGTH // 8] = True
+    mixed = lambda: model(ids, visual_token_mask=visual, logits_to_keep=1)  # noqa: E731
+    yield from plain_and_compiled("prefill", model.model.layers, mixed)
+
+
+def plain_and_compiled(name: str, layers: Sequence[torch.nn.Module], work: Work) -> Iterator[tuple[str, Work]]:
+    yield name, work
+    run.compile_layers(layers)
+    yield f"{name}, layers compiled", work
+
+
+def decode_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
+    config = bench.config.text_config
+    builders = {
+        "NaViL": lambda: bench.build(modeling.NaViLForCausalLM, config),
+        "Qwen3": lambda: baselines.plain_llm(config, bench.device, bench.dtype),
+    }
+    for name, build in builders.items():
+        model = torch.compile(build(), mode="reduce-overhead", fullgraph=True)
+        case = f"decode {run.TOKENS_PER_TIMING} tokens, {name}, compiled"
+        yield case, run.decode_step(bench, model, config, "static", 1, CONTEXT)
+
+
+CASES = {"attention": attention_cases, "vision": vision_cases, "prefill": prefill_cases, "decode": decode_cases}
+
+
+def as_markdown(name: str, row: Profile) -> str:
+    longest = ", ".join(f"{key[:60]} {run.duration(time)}" for key, time in row.longest).replace("|", "/")
+    times = f"{run.duration(row.wall)} | {run.duration(row.busy)}"
+    return f"| {name} | {times} | {row.num_kernels} | {row.num_graphs} | {row.num_waits} | {longest} |"
+
+
+HEADER = "| case | time | kernels run | kernels | graphs | host waits | longest |\n|---|---|---|---|---|---|---|"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Profile forwards: kernels, their time, and what the host waits for.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--size", choices=run.SIZES, default="small", help="(%(default)s)")
+    parser.add_argument("--case", choices=CASES, action="append", help="these alone; repeatable")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    bench = run.Bench(run.SIZES[options.size](), device, dtype, ROUNDS, matmul_rate=1.0, bandwidth=1.0)
+    print(HEADER)
+    with torch.no_grad():
+        for case in options.case or CASES:
+            for name, work in CASES[case](bench):
+                print(as_markdown(name, measure(work, device)), flush=True)
+            run.release(device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
