@@ -82,7 +82,23 @@ GOODS = tuple(
     """.split()
 )
 """What a receipt lists; the dial introduces it in this order, short names first. Each is one token of a question."""
-UNLISTED_SHARE = 0.25  # of the names on a receipt, at level 1: any other word, which a question spells
+OTHER_GOODS = tuple(
+    """
+    almonds apricot avocado bacon bagel basil beef biscuit blender broccoli brush bulb burger cabbage cashews celery
+    chair charger cherries cherry chips cigar cloth cocoa coconut comb cotton crackers cream cup dates detergent
+    diapers donut duck eggs eraser figs flour fork garlic ginger glue grape ham hammer herbs hummus ketchup kiwi
+    knife lamb lamp lime lobster mango margarine marker melon mint mop muffin mug mustard napkins noodles oats
+    olives oranges oregano pan papaya paper paprika parsley peach peanuts pear pears peas pencil perfume pie pillow
+    plate plum pork pretzel prawns pumpkin quinoa radish raisins razor ribbon ruler salmon salsa sauce scarf
+    scissors seeds shirt shrimp socks soda spinach sponge spoon steak stamps syrup tape tofu tomatoes tuna turkey
+    vanilla vinegar vodka waffle walnuts whisky yeast zucchini
+    """.split()
+)
+OTHER_GOODS = tuple(name for name in OTHER_GOODS if name not in GOODS)
+"""More of what a receipt may list, which a question spells, or starts as one of `GOODS` and then spells."""
+UNLISTED_SHARE = 0.4  # of the names on a receipt, at level 1: others than `GOODS`, half of them goods and half any word
+LEADER_SHARE = 0.1  # of training receipts, at level 1: dots lead from the names to the prices
+CLOSE_CALL_SHARE = 0.5  # of the questions which of two images has more, at level 1: both have what is counted
 
 WORDINGS: dict[str, tuple[str, ...]] = {
     "text.read": (
@@ -335,7 +351,7 @@ def _ask_exists(rng: random.Random, level: float, scene: Scene) -> Turn:
 
 
 def _ask_count(rng: random.Random, level: float, scene: Scene) -> Turn:
-    """All shapes, those of a kind, or those of a kind and colour; one in ten counts what need not be there."""
+    """All shapes, those of a kind, of a colour, or of both; one in ten counts what need not be there."""
     shape = rng.choice(scene.shapes)
     color, kind = shape.color, shape.kind
     if rng.random() < 0.1:
@@ -343,8 +359,9 @@ def _ask_count(rng: random.Random, level: float, scene: Scene) -> Turn:
     things, count = {
         "all": ("shapes", scene.count()),
         "kind": (f"{kind}s", scene.count(kind=kind)),
+        "color": (f"{color} shapes", scene.count(color)),
         "both": (f"{color} {kind}s", scene.count(color, kind)),
-    }[weighted(rng, {"all": 1.0, "kind": 1.0, "both": ramp(level, 0.02, 0.2)})]
+    }[weighted(rng, {"all": 1.0, "kind": 1.0, "color": ramp(level, 0.1, 0.4), "both": ramp(level, 0.02, 0.2)})]
     return Turn("scene.count", str(count), {"things": things})
 
 
@@ -361,11 +378,17 @@ def ask_grounding(rng: random.Random, scene: Scene) -> Turn:
     return Turn("grounding.box", answer, {"thing": shape.name}, Accepted(box=box))
 
 
-def compare_scenes(rng: random.Random, scenes: list[Scene], kind: str, wanted: str) -> Turn | None:
-    """A question about two scenes whose answer is `wanted`; None where these scenes allow none."""
-    seen = sorted({shape.kind for scene in scenes for shape in scene.shapes})
-    answers = {shape_kind: _comparison(scenes, kind, shape_kind) for shape_kind in seen}
-    if kind == "two_images.more":
+def compare_scenes(
+    rng: random.Random, scenes: list[Scene], kind: str, wanted: str, close_call: bool = False
+) -> Turn | None:
+    """A question about two scenes whose answer is `wanted`; None where these scenes allow none.
+
+    In a `close_call` both scenes have shapes of the kind, so that it does not do to see which one has any.
+    """
+    seen = [{shape.kind for shape in scene.shapes} for scene in scenes]
+    asked = seen[0] & seen[1] if close_call else seen[0] | seen[1]
+    answers = {shape_kind: _comparison(scenes, kind, shape_kind) for shape_kind in sorted(asked)}
+    if kind == "two_images.more" and not close_call:
         answers["shape"] = _comparison(scenes, kind, None)
     fitting = [name for name, answer in answers.items() if answer == wanted]
     if not fitting:
@@ -421,7 +444,7 @@ def make_receipt(rng: random.Random, level: float) -> Receipt:
     most = round(lerp(1, 5, ramp(level, 0.02, 0.7)))
     names = rng.sample(first_part(GOODS, 5, ramp(level, 0, 0.6)), k=rng.randint(min(2, most), most))
     share = UNLISTED_SHARE * ramp(level, 0.5, 1.0)
-    others = rng.sample(OTHER_NAMES, k=len(names))
+    others = rng.sample(rng.choice((OTHER_NAMES, OTHER_GOODS)), k=len(names))
     names = [other if rng.random() < share else name for name, other in zip(names, others, strict=True)]
     step = next(step for step, until in ((100, 0.08), (50, 0.16), (10, 0.3), (1, math.inf)) if level < until)
     highest = lerp(900, 9999, ramp(level, 0.1, 0.8))
@@ -504,20 +527,27 @@ def draw_text(rng: random.Random, level: float, text: str, skew: float = 1.0) ->
     return drawing.draw_lines(rng, level, [text], lettering, size, in_columns=False)
 
 
-def draw_receipt(rng: random.Random, level: float, receipt: Receipt) -> Picture | None:
-    """One line for each item and the total; None where they do not fit at the smallest font size."""
+def draw_receipt(rng: random.Random, level: float, receipt: Receipt, leader_share: float = 0.0) -> Picture | None:
+    """One line for each item and the total; None where they do not fit at the smallest font size.
+
+    `leader_share`: of such pictures, at level 1, in which dots lead from the names to the prices.
+    """
     size = drawing.canvas_size(rng, level, easiest_side=160)
     font = drawing.pick_font(rng, level)
     case = rng.choice(first_part((str.lower, str.capitalize, str.upper), 1, ramp(level, 0.1, 0.5)))
-    lines = [f"{case(name)} {money(cents)}" for name, cents in receipt.items.items()]
-    lines.append(f"TOTAL {money(receipt.total)}")
+    prices = {case(name): money(cents) for name, cents in receipt.items.items()} | {"TOTAL": money(receipt.total)}
+    lines = [f"{name} {price}" for name, price in prices.items()]
+    has_leaders = leader_share > 0 and rng.random() < leader_share * ramp(level, 0.5, 1.0)
+    if has_leaders:
+        longest, more = max(map(len, lines)), rng.randint(2, 6)
+        lines = [f"{name} {'.' * (longest + more - len(name + price))} {price}" for name, price in prices.items()]
     pitch = lerp(drawing.LINE_PITCH, rng.uniform(1.1, 2.0), ramp(level, 0.2, 0.8))
     highest = min(lerp(26, 56, ramp(level, 0.1, 0.8)), drawing.largest_font_size(lines, font, 0, size, pitch))
     lowest = lerp(22, 12, ramp(level, 0.1, 0.8))
     if highest < lowest:
         return None
     lettering = drawing.Lettering(font, round(drawing.log_uniform(rng, lowest, highest)), pitch=pitch)
-    in_columns = rng.random() < 0.5 * ramp(level, 0.2, 0.5)
+    in_columns = not has_leaders and rng.random() < 0.5 * ramp(level, 0.2, 0.5)
     return drawing.draw_lines(rng, level, lines, lettering, size, in_columns, names=[*receipt.items, "total"])
 
 
@@ -546,8 +576,13 @@ def _text(rng: random.Random, level: float, split: str) -> tuple[list[Picture], 
 
 
 def _receipt(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
-    receipt, picture = _draw_fitting(rng, level, make_receipt, draw_receipt)
+    receipt, picture = _drawn_receipt(rng, level, split)
     return [picture], _questions(rng, split, lambda: ask_receipt(rng, receipt))
+
+
+def _drawn_receipt(rng: random.Random, level: float, split: str) -> tuple[Receipt, Picture]:
+    draw = partial(draw_receipt, leader_share=LEADER_SHARE if split == "train" else 0.0)
+    return _draw_fitting(rng, level, make_receipt, draw)
 
 
 def _chart(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
@@ -591,33 +626,36 @@ def _two_images(rng: random.Random, level: float, split: str) -> tuple[list[Pict
     scenes, turn = _comparable_scenes(rng, level, [canvas.make_scene for canvas in canvases])
     pictures = [canvas.draw(rng, level, scene) for canvas, scene in zip(canvases, scenes, strict=True)]
     first = iter([turn])
-    return pictures, _questions(rng, split, lambda: next(first, None) or _ask_again(rng, scenes) or turn)
+    return pictures, _questions(rng, split, lambda: next(first, None) or _ask_again(rng, level, scenes) or turn)
 
 
 def _comparable_scenes(
     rng: random.Random, level: float, makers: list[Callable[[random.Random, float], Scene]]
 ) -> tuple[list[Scene], Turn]:
     """Scenes and a question about them; all answers to a question are equally frequent."""
-    kind, wanted = _comparison_wanted(rng)
+    asked = _comparison_wanted(rng, level)
     while True:
         scenes = [make(rng, level) for make in makers]
-        turn = compare_scenes(rng, scenes, kind, wanted)
+        turn = compare_scenes(rng, scenes, *asked)
         if turn is not None:
             return scenes, turn
 
 
-def _comparison_wanted(rng: random.Random) -> tuple[str, str]:
+def _comparison_wanted(rng: random.Random, level: float) -> tuple[str, str, bool]:
+    """Kind of question, answer, and whether it is a close call."""
     kind = rng.choice(("two_images.more", "two_images.both"))
-    return kind, rng.choice(("first", "second", "same") if kind == "two_images.more" else ("yes", "no"))
+    if kind == "two_images.both":
+        return kind, rng.choice(("yes", "no")), False
+    return kind, rng.choice(("first", "second", "same")), rng.random() < CLOSE_CALL_SHARE * ramp(level, 0.2, 0.6)
 
 
-def _ask_again(rng: random.Random, scenes: list[Scene]) -> Turn | None:
-    return compare_scenes(rng, scenes, *_comparison_wanted(rng))
+def _ask_again(rng: random.Random, level: float, scenes: list[Scene]) -> Turn | None:
+    return compare_scenes(rng, scenes, *_comparison_wanted(rng, level))
 
 
 def _two_turns(rng: random.Random, level: float, split: str) -> tuple[list[Picture], list[Turn]]:
     if rng.random() < 0.5:
-        receipt, picture = _draw_fitting(rng, level, make_receipt, draw_receipt)
+        receipt, picture = _drawn_receipt(rng, level, split)
         return [picture], _two_questions(lambda: ask_receipt(rng, receipt))
     scene, picture = _drawn_scene(rng, level)
     return [picture], _two_questions(lambda: ask_scene(rng, level, scene))
@@ -646,7 +684,7 @@ def _describe(rng: random.Random, level: float, split: str) -> tuple[list[Pictur
     if kind == "lines":
         parts, picture = _draw_fitting(rng, level, _make_lines, _draw_lines)
     elif kind == "receipt":
-        receipt, picture = _draw_fitting(rng, level, make_receipt, draw_receipt)
+        receipt, picture = _drawn_receipt(rng, level, split)
         parts = [*_priced(receipt), f"TOTAL {money(receipt.total)}"]
     elif kind == "chart":
         chart, picture = _drawn_chart(rng, level, split)

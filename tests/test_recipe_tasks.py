@@ -20,7 +20,7 @@ RECORDED_ANSWERS = ["20", "96", "8", "110", "95", "80"]
 _KINDS = "|".join(drawing.SHAPE_KINDS)
 _COLORS = "|".join(drawing.SHADES)
 FIELDS = {
-    "item": "|".join(tasks.GOODS + tasks.OTHER_NAMES),
+    "item": "|".join(tasks.GOODS + tasks.OTHER_NAMES + tasks.OTHER_GOODS),
     "label": "[A-F]",
     "mark": "bar|point",
     "tallest": "tallest|uppermost",
@@ -512,7 +512,50 @@ def test_some_names_on_full_receipts_are_on_no_list():
     samples = [make_sample("receipt", seed, 1.0) for seed in SEEDS]
     names = [area.text for sample in samples for area in sample.pictures[0].areas if area.text != "total"]
     others = [name for name in names if name not in tasks.GOODS]
-    assert 0.1 * len(names) < len(others) < 0.4 * len(names) and set(others) <= set(tasks.OTHER_NAMES)
+    assert 0.2 * len(names) < len(others) < 0.6 * len(names)
+    assert set(others) & set(tasks.OTHER_GOODS) and set(others) - set(tasks.OTHER_GOODS) <= set(tasks.OTHER_NAMES)
+    assert not set(tasks.OTHER_GOODS) & set(tasks.GOODS)
+
+
+def test_dots_lead_to_the_prices_of_some_training_receipts():
+    receipt = tasks.Receipt({"tea": 250, "sandwich": 1199})
+
+    def count_dots(leader_share: float, seed: int) -> int:
+        picture = tasks.draw_receipt(random.Random(seed), 1.0, receipt, leader_share)
+        return sum(mark.text == "." for mark in picture.marks) if picture else 0
+
+    assert all(count_dots(0.0, seed) in (0, 3) for seed in SEEDS)
+    assert sum(count_dots(1.0, seed) > 9 for seed in SEEDS) > len(SEEDS) / 2
+    assert all(
+        sum(mark.text == "." for mark in make_sample("receipt", seed, split="heldout").pictures[0].marks)
+        == len(make_sample("receipt", seed, split="heldout").pictures[0].areas)
+        for seed in range(8)
+    )
+
+
+def test_shapes_of_a_colour_are_counted():
+    box = (0, 0, 9, 9)
+    shapes = [drawing.Shape(*name.split(), box) for name in ("red circle", "red star", "blue star")]
+    scene = tasks.Scene((64, 64), tuple(shapes))
+    asked = {
+        turn.fields["things"]: turn.answer for turn in (tasks._ask_count(random.Random(i), 1.0, scene) for i in SEEDS)
+    }
+    assert asked["red shapes"] == "2" and asked["blue shapes"] == "1" and asked["shapes"] == "3"
+
+
+def test_close_calls_ask_for_what_both_images_have():
+    def scene(*names: str) -> tasks.Scene:
+        return tasks.Scene((64, 64), tuple(drawing.Shape(*name.split(), (0, 0, 9, 9)) for name in names))
+
+    scenes = [scene("red circle", "blue circle", "red star"), scene("red circle", "red square", "blue square")]
+    for seed in range(20):
+        turn = tasks.compare_scenes(random.Random(seed), scenes, "two_images.more", "first", close_call=True)
+        assert turn.fields == {"things": "circles"}
+    assert tasks.compare_scenes(random.Random(0), scenes, "two_images.more", "second", close_call=True) is None
+    rng = random.Random(0)
+    asked = [tasks._comparison_wanted(rng, 1.0) for _ in range(400)]
+    assert 50 < sum(close_call for *_, close_call in asked) < 150
+    assert {kind for kind, _, close_call in asked if close_call} == {"two_images.more"}
 
 
 def test_charts_with_wide_margins_keep_a_tenth_of_each_side_clear():
