@@ -214,7 +214,7 @@ class Clock:
 class PackedTrainer(Trainer):
     """Trainer over `PackedSamples`, which come as whole batches and tell their tasks' progress to the dials."""
 
-    def __init__(self, *args: Any, dials: Dials, dtype: torch.dtype, clock: "Clock | None", **kwargs: Any):
+    def __init__(self, *args: Any, dials: Dials, dtype: torch.dtype, clock: Clock | None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.dials = dials
         self.dtype = dtype  # of a step's arithmetic; weights, gradients and optimizer stay float32
@@ -511,6 +511,10 @@ def stage_lengths(overrides: Sequence[str]) -> dict[str, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
+    if options.finish_in is not None and not options.finish_in > 0:
+        raise ValueError(f"--finish-in takes minutes, more than 0, got {options.finish_in}")
+    if options.finish_in is not None and options.minutes is not None:
+        raise ValueError("--finish-in and --minutes both tell when to stop: give one of them")
     os.environ.setdefault(*ONEDNN_CAPACITY)
     lengths = stage_lengths(options.steps)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes

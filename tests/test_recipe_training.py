@@ -548,6 +548,16 @@ def test_the_clock_lets_the_learning_rate_rise_stay_and_fall(monkeypatch):
     assert train.Clock(minutes=10, decay=0.0, start=1000.0).share_of_rate(100) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--finish-in", "0"], "more than 0, got 0.0"), (["--finish-in", "3", "--minutes", "3"], "give one of them")],
+)
+def test_minutes_that_make_no_sense_are_refused_before_anything_is_written(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(["--runs", str(tmp_path / "runs"), *options])
+    assert not (tmp_path / "runs").exists()
+
+
 def test_each_task_has_its_share_of_close_ups(processor):
     weights = torch.tensor([1.0 if task in ("text", "scene") else 0.0 for task in data.ALL_TASKS])
     difficulty = torch.ones(len(data.ALL_TASKS))
