@@ -21,10 +21,10 @@ from torch.profiler import ProfilerActivity, profile
 from navil_modules import modeling
 
 from . import baselines, run
-from .timing import seconds
+from .timing import seconds, synchronize
 
-GRAPHS = ("cudaGraphLaunch",)
-WAITS = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize")
+GRAPH_START = "cudaGraphLaunch"
+WAIT = {"cuda": "cudaStreamSynchronize", "cpu": "aten::_local_scalar_dense"}
 WARMUPS, ROUNDS = 3, 5
 PHOTO = (1920, 1080)
 LENGTH, CONTEXT = 4096, 1024  # tokens of prefill, of decoding
@@ -54,21 +54,21 @@ def measure(work: Work, device: torch.device, top: int = 3) -> Profile:
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
     with profile(activities=activities) as profiler:
         work()
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        synchronize(device)
     rows = profiler.key_averages()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    times = {row.key: row.self_device_time_total if on_gpu else row.self_cpu_time_total for row in rows}
-    kernels = [row for row in rows if row.device_type == kind and times[row.key] > 0]
-    longest = sorted(kernels, key=lambda row: -times[row.key])[:top]
-    num_graphs, num_waits = (sum(row.count for row in rows if row.key in names) for names in (GRAPHS, WAITS))
+    kernels = [
+        (row.key, (row.self_device_time_total if on_gpu else row.self_cpu_time_total) / 1e6, row.count)
+        for row in rows
+        if row.device_type == kind and not row.is_user_annotation
+    ]
     return Profile(
         wall=wall,
-        busy=sum(times[row.key] for row in kernels) / 1e6,
-        num_kernels=sum(row.count for row in kernels),
-        num_graphs=num_graphs,
-        num_waits=num_waits - on_gpu,  # the last is the profile's own
-        longest=[(row.key, times[row.key] / 1e6) for row in longest],
+        busy=sum(time for _, time, _ in kernels),
+        num_kernels=sum(count for *_, count in kernels),
+        num_graphs=sum(row.count for row in rows if row.key == GRAPH_START),
+        num_waits=sum(row.count for row in rows if row.key == WAIT[device.type]),
+        longest=[(name, time) for name, time, _ in sorted(kernels, key=lambda kernel: -kernel[1])[:top]],
     )
 
 
@@ -99,16 +99,15 @@ def attention_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
 def vision_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
     model = bench.build(modeling.NaViLForConditionalGeneration, run.vision_only(bench.config))
     patches, grids = bench.patches(PHOTO)
-    yield from plain_and_compiled("vision", model.vision_model.blocks, lambda: model.get_image_features(patches, grids))
+    yield from plain_and_compiled(
+        "vision", model.vision_model.blocks, partial(model.get_image_features, patches, grids)
+    )
 
 
 def prefill_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
-    config = bench.config.text_config
-    model = bench.build(modeling.NaViLForCausalLM, config)
-    ids = torch.randint(config.vocab_size, (1, LENGTH), device=bench.device)
-    visual = torch.zeros(1, LENGTH, dtype=torch.bool, device=bench.device)
-    visual[:, LENGTH // 8 : 7 * LENGTH // 8] = True
-    mixed = lambda: model(ids, visual_token_mask=visual, logits_to_keep=1)  # noqa: E731
+    model = bench.build(modeling.NaViLForCausalLM, bench.config.text_config)
+    ids, visual = run.mixed_tokens(bench, LENGTH)
+    mixed = partial(model, ids, visual_token_mask=visual, logits_to_keep=1)
     yield from plain_and_compiled("prefill", model.model.layers, mixed)
 
 

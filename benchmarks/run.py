@@ -194,19 +194,22 @@ def prefill_rows(bench: Bench, lengths: Sequence[int]) -> Iterator[Row]:
     if bench.compiles_layers:
         compile_layers(model.model.layers, llm.model.layers)
     for length in lengths:
-        ids = torch.randint(config.vocab_size, (1, length), device=bench.device)
-        visual = torch.zeros(1, length, dtype=torch.bool, device=bench.device)
-        visual[:, length // 8 : length // 8 + 3 * length // 4] = True
-
-        def mixed(ids: torch.Tensor = ids, visual: torch.Tensor = visual) -> Any:
-            return model(ids, visual_token_mask=visual, logits_to_keep=1)
-
+        ids, visual = mixed_tokens(bench, length)
+        mixed = partial(model, ids, visual_token_mask=visual, logits_to_keep=1)
         others = {
             "both experts": within(baselines.both_experts, mixed),
             "Qwen3ForCausalLM": lambda ids=ids: llm(ids, logits_to_keep=1),
         }
         floor = limits.prefill_operations(config, length) / bench.matmul_rate
         yield bench.row("prefill", f"{length} tokens, three in four visual", mixed, others, floor)
+
+
+def mixed_tokens(bench: Bench, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (1, length) and which of them are visual, (1, length) bool: three in four, in one stretch."""
+    ids = torch.randint(bench.config.text_config.vocab_size, (1, length), device=bench.device)
+    visual = torch.zeros(1, length, dtype=torch.bool, device=bench.device)
+    visual[:, length // 8 : length // 8 + 3 * length // 4] = True
+    return ids, visual
 
 
 def decode_rows(bench: Bench, batches: Sequence[int], contexts: Sequence[int], compiled: bool) -> Iterator[Row]:

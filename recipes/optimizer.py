@@ -31,8 +31,8 @@ class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalized momentum, as `torch.optim.Muon`, which knows bf16 alone.
 
     Where a processor has no units for bf16, its iteration takes five times as long as the whole rest of a step. Steps
-    are scaled to the size of AdamW's (Moonlight, arXiv 2502.16982). Matrices of one shape are worked on together: a GPU
-    waits for nothing so much as for being told of small operations.
+    are scaled to the size of AdamW's (Moonlight, arXiv 2502.16982). Matrices of one shape are worked on together:
+    a core that starts many small operations is what a GPU waits for.
 
     Args:
         dtype: of the iteration.
