@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -123,9 +124,9 @@ def decode_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
         "NaViL": lambda: bench.build(modeling.NaViLForCausalLM, config),
         "Qwen3": lambda: baselines.plain_llm(config, bench.device, bench.dtype),
     }
-    for name, build in builders.items():
-        model = torch.compile(build(), mode="reduce-overhead", fullgraph=True)
-        case = f"decode {run.TOKENS_PER_TIMING} tokens, {name}, compiled"
+    for (name, build), tuned in product(builders.items(), (False, True)):
+        model = run.compile_decoder(build(), tuned)
+        case = f"decode {run.TOKENS_PER_TIMING} tokens, {name}, compiled{' and tuned' * tuned}"
         yield case, run.decode_step(bench, model, config, "static", 1, CONTEXT)
 
 

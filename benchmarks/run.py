@@ -212,23 +212,25 @@ def mixed_tokens(bench: Bench, length: int) -> tuple[torch.Tensor, torch.Tensor]
     return ids, visual
 
 
-def decode_rows(bench: Bench, batches: Sequence[int], contexts: Sequence[int], compiled: bool) -> Iterator[Row]:
+def decode_rows(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     config = bench.config.text_config
     model = bench.build(modeling.NaViLForCausalLM, config)
     llm = baselines.plain_llm(config, bench.device, bench.dtype)
+    compiled = ", compiled and tuned" if options.tune else ", compiled"
     for kind in ("dynamic", "static"):
-        for batch in batches:
-            for context in contexts:
+        is_compiled = kind == "static" and options.compile
+        for batch in options.batches:
+            for context in options.contexts:
                 steps = {}
                 for name, decoder in (("navil", model), ("llm", llm)):
-                    if kind == "static" and compiled:
-                        decoder = torch.compile(decoder, mode="reduce-overhead", fullgraph=True)
+                    if is_compiled:
+                        decoder = compile_decoder(decoder, options.tune)
                     steps[name] = decode_step(bench, decoder, config, kind, batch, context)
                 floor = max(
                     limits.decode_bytes(config, batch, context, bench.dtype) / bench.bandwidth,
                     limits.decode_operations(config, batch, context) / bench.matmul_rate,
                 )
-                case = f"batch {batch}, context {context}, {kind} cache{', compiled' * (kind == 'static' and compiled)}"
+                case = f"batch {batch}, context {context}, {kind} cache{compiled * is_compiled}"
                 others = {"Qwen3ForCausalLM": steps.pop("llm")}
                 yield bench.row("decode", case, steps.pop("navil"), others, floor, repeats=TOKENS_PER_TIMING)
                 del others
@@ -290,6 +292,15 @@ def with_image_tokens(config: Any) -> Any:
     return config
 
 
+# Torch makes kernels of its own of products with a single row only where it may tune them.
+TUNED = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+
+
+def compile_decoder(model: torch.nn.Module, tuned: bool) -> torch.nn.Module:
+    how = {"options": TUNED} if tuned else {"mode": "reduce-overhead"}
+    return torch.compile(model, fullgraph=True, **how)
+
+
 def compile_layers(*stacks: Sequence[torch.nn.Module]) -> None:
     for layer in chain(*stacks):
         layer.compile(dynamic=True)
@@ -347,7 +358,7 @@ PARTS: dict[str, Callable[[Bench, argparse.Namespace], Iterator[Row]]] = {
     "images": lambda bench, options: image_rows(bench, PHOTO_SIZES),
     "vision": lambda bench, options: vision_rows(bench, VISION_CASES[: options.vision_cases]),
     "prefill": lambda bench, options: prefill_rows(bench, options.lengths),
-    "decode": lambda bench, options: decode_rows(bench, options.batches, options.contexts, options.compile),
+    "decode": decode_rows,
     "end to end": lambda bench, options: end_to_end_rows(bench),
 }
 
@@ -367,6 +378,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="decoding (%(default)s)")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192], help="decoding, tokens (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="decode compiled on static caches; on a GPU always")
+    parser.add_argument("--tune", action="store_true", help="tune the kernels of compiled decoding by trials: minutes")
     parser.add_argument("--compile-layers", action="store_true", help="of the encoder and, in prefill, of the decoder")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
     return parser
