@@ -1,6 +1,6 @@
 """Makes a trained checkpoint the repository's embedded model, with its numbers in its model card.
 
-python -m recipes.publish runs/s2.close/final tiny
+python -m recipes.publish runs/s2.pairs/final tiny
 """
 
 import argparse
@@ -104,7 +104,7 @@ def publish(checkpoint: Path, destination: Path, count: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Publish a checkpoint with its held-out results.",
-        epilog="example: python -m recipes.publish runs/s2.close/final tiny --count 300",
+        epilog="example: python -m recipes.publish runs/s2.pairs/final tiny --count 300",
     )
     parser.add_argument("checkpoint", type=Path, help="folder that recipes.train wrote, a checkpoint or final")
     parser.add_argument("destination", type=Path, help="folder to write, tiny")

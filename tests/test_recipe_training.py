@@ -550,9 +550,13 @@ def test_the_clock_lets_the_learning_rate_rise_stay_and_fall(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--finish-in", "0"], "more than 0, got 0.0"), (["--finish-in", "3", "--minutes", "3"], "give one of them")],
+    [
+        (["--finish-in", "0"], "more than 0, got 0.0"),
+        (["--finish-in", "3", "--minutes", "3"], "give one of them"),
+        (["--stage", "s2.close"], "--stage s2.close needs --init"),
+    ],
 )
-def test_minutes_that_make_no_sense_are_refused_before_anything_is_written(tmp_path, options, message):
+def test_options_that_make_no_sense_are_refused_before_anything_is_written(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         train.main(["--runs", str(tmp_path / "runs"), *options])
     assert not (tmp_path / "runs").exists()
@@ -601,6 +605,7 @@ def test_stages_train_what_the_paper_says(model, stage):
         "s2": set(names),
         "s2.close": set(names),
         "s2.large": set(names),
+        "s2.pairs": set(names),
     }[stage]
     assert trained == expected and text_attention and visual
 
@@ -645,6 +650,7 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     assert list(json.loads((tmp_path / "open" / "evaluation.json").read_text())) == ["full"]
     assert (tmp_path / "open" / "README.md").read_text().count("| text |") == 1
     more = ["--runs", str(tmp_path / "more"), "--init", str(tmp_path / "published"), "--steps", "s2.close=2"]
+    more += ["--stage", "s2.close"]
     assert train.main(more) == 0  # training goes on from what was published
     with pytest.raises(ValueError, match="trained already"):
         train.main(more)
@@ -652,6 +658,6 @@ def test_killed_training_resumes_where_it_was(tmp_path, monkeypatch):
     assert dials["num_answers"] > json.loads((tmp_path / "published" / "dials.json").read_text())["num_answers"]
     minutes = ["--runs", str(tmp_path / "minutes"), "--init", str(tmp_path / "published"), "--finish-in", "0.02"]
     assert train.main(minutes) == 0
-    assert (tmp_path / "minutes" / "s2.close" / "final" / "model.safetensors").is_file()
+    assert (tmp_path / "minutes" / "s2.pairs" / "final" / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="'s3=1'"):
         train.main(["--runs", runs, "--steps", "s3=1"])
