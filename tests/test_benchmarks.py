@@ -111,7 +111,8 @@ def test_profiles_of_every_case(tiny_benchmark, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "CONTEXT", 8)
     compiled = []
     monkeypatch.setattr(run, "compile_layers", lambda *stacks: compiled.extend(stacks))
-    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    decoders = []
+    monkeypatch.setattr(torch, "compile", lambda model, **settings: decoders.append(settings) or model)
     assert kernels.main(["--device", "cpu"]) == 0
     names = [line.split(" | ")[0].removeprefix("| ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert names == [
@@ -121,6 +122,9 @@ def test_profiles_of_every_case(tiny_benchmark, monkeypatch, capsys):
         "prefill",
         "prefill, layers compiled",
         "decode 4 tokens, NaViL, compiled",
+        "decode 4 tokens, NaViL, compiled and tuned",
         "decode 4 tokens, Qwen3, compiled",
+        "decode 4 tokens, Qwen3, compiled and tuned",
     ]
     assert len(compiled) == 2
+    assert [settings.get("options") for settings in decoders] == [None, run.TUNED] * 2

@@ -300,7 +300,7 @@ def test_cells_of_a_chart_are_asked_for_the_value_of_their_column(processor):
 def test_counts_asked_for_are_answers_to_questions():
     """Of the shapes that a question names: in all, of a kind, of a colour and kind."""
     checked = [0, 0, 0]
-    for seed in range(60):
+    for seed in range(90):
         sample = data.draw("scene", seed, 1.0)
         [picture] = sample.pictures
         colors, kinds = ({mark.box: mark.text for mark in picture.marks[start::2]} for start in (0, 1))
