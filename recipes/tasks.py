@@ -86,7 +86,7 @@ OTHER_GOODS = tuple(
     """
     almonds apricot avocado bacon bagel basil beef biscuit blender broccoli brush bulb burger cabbage cashews celery
     chair charger cherries cherry chips cigar cloth cocoa coconut comb cotton crackers cream cup dates detergent
-    diapers donut duck eggs eraser figs flour fork garlic ginger glue grape ham hammer herbs hummus ketchup kiwi
+    diapers donut duck eggs eraser figs flour fork garlic ginger glue grape hammer herbs hummus ketchup kiwi
     knife lamb lamp lime lobster mango margarine marker melon mint mop muffin mug mustard napkins noodles oats
     olives oranges oregano pan papaya paper paprika parsley peach peanuts pear pears peas pencil perfume pie pillow
     plate plum pork pretzel prawns pumpkin quinoa radish raisins razor ribbon ruler salmon salsa sauce scarf
@@ -94,7 +94,6 @@ OTHER_GOODS = tuple(
     vanilla vinegar vodka waffle walnuts whisky yeast zucchini
     """.split()
 )
-OTHER_GOODS = tuple(name for name in OTHER_GOODS if name not in GOODS)
 """More of what a receipt may list, which a question spells, or starts as one of `GOODS` and then spells."""
 UNLISTED_SHARE = 0.4  # of the names on a receipt, at level 1: others than `GOODS`, half of them goods and half any word
 LEADER_SHARE = 0.1  # of training receipts, at level 1: dots lead from the names to the prices
