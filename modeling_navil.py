@@ -58,17 +58,11 @@ except ImportError:  # torch before 2.10
 IGNORE_INDEX = -100
 
 
-class NaViLRMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 whatever the input's dtype."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+class NaViLRMSNorm(nn.RMSNorm):
+    """Root-mean-square norm in its weight's dtype, which autocast leaves in float32; torch sums in float32 in any."""
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
-        return self.weight * normed.to(x.dtype)
+        return super().forward(x.to(self.weight.dtype))
 
 
 def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
@@ -86,9 +80,13 @@ for function in (torch.cos, torch.sin):
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates feature i against feature i + E/2 of x (..., E); cos and sin (..., E/2) broadcast to a half of it."""
+    """Rotates feature i against feature i + E/2 of x (..., E); cos and sin (..., E/2) broadcast to a half of it.
+
+    Computed and returned in the wider dtype of x and cos.
+    """
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([torch.addcmul(first * cos, second, -sin), torch.addcmul(second * cos, first, sin)], dim=-1)
+    rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(rotated, dim=-1)
 
 
 def causal_pairs(attention_mask: Tensor | None, cache_position: Tensor, key_length: int) -> Tensor:
@@ -133,11 +131,10 @@ def window_order(rows: int, columns: int, window: int) -> tuple[Tensor, list[int
     return window_index.argsort(stable=True), window_index.bincount().tolist()
 
 
-def patch_positions(rows: int, columns: int, merge: int) -> Tensor:
-    """Row and column, in patches, of each patch of a grid of merged cells, (cells, merge**2, 2)."""
-    row, column = torch.meshgrid(torch.arange(rows * merge), torch.arange(columns * merge), indexing="ij")
-    positions = torch.stack([row, column], dim=-1).view(rows, merge, columns, merge, 2)
-    return positions.transpose(1, 2).reshape(rows * columns, merge**2, 2)
+def patch_positions(cells: Tensor, merge: int) -> Tensor:
+    """Row and column, in patches, of each patch of merged cells whose own are given, (V, 2) -> (V * merge**2, 2)."""
+    side = torch.arange(merge, device=cells.device)
+    return (cells[:, None] * merge + torch.cartesian_prod(side, side)).flatten(0, 1)
 
 
 @dataclass  # in a NamedTuple, torch.compile would take each number of runs for a new graph
@@ -146,16 +143,13 @@ class Segments:
 
     runs: list[tuple[int, int]]  # (count, length): `count` neighbours of `length` patches each
     offsets: Tensor  # (segments + 1,) int32, where each begins and the last ends
+    max_length: int
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
         runs = [(len(list(group)), length) for length, group in groupby(lengths)]
         offsets = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
-        return cls(runs, offsets)
-
-    @property
-    def max_length(self) -> int:
-        return max(length for _, length in self.runs)
+        return cls(runs, offsets, max(lengths))
 
 
 @dataclass
@@ -179,27 +173,26 @@ class PackedLayout:
         # One (rows, columns) grid of merged cells per frame of each scale, and where its cells begin in the input.
         frames = [(rows // merge, columns // merge) for count, rows, columns in grids for _ in range(count)]
         starts = torch.tensor([0] + [rows * columns for rows, columns in frames]).cumsum(0).tolist()
-        entry, window_lengths, output_cells, positions = [], [], [None] * len(frames), []
+        entry, cells, window_lengths, output_cells = [], [], [], [None] * len(frames)
         by_length = sorted(range(len(frames)), key=lambda frame: frames[frame][0] * frames[frame][1])
         for frame in by_length:
             rows, columns = frames[frame]
             order, sizes = window_order(rows, columns, window)
             # Windows of one size side by side.
-            chunks = sorted(order.split(sizes), key=len)
-            working = torch.cat(chunks)
+            window_sizes = torch.tensor(sizes)
+            working = order[window_sizes.repeat_interleave(window_sizes).argsort(stable=True)]
             entry.append(working + starts[frame])
-            window_lengths += [len(chunk) * merge**2 for chunk in chunks]
-            positions.append(patch_positions(rows, columns, merge)[working].flatten(0, 1))
+            cells.append(torch.stack([working // columns, working % columns], dim=-1))
+            window_lengths += [size * merge**2 for size in sorted(sizes)]
             released = order if config.visual_token_order == "window" else torch.arange(rows * columns)
             output_cells[frame] = released + starts[frame]
         entry = torch.cat(entry)
-        working_place = torch.empty_like(entry)
-        working_place[entry] = torch.arange(len(entry))
+        working_place = entry.argsort()
         segment_lengths = [frames[frame][0] * frames[frame][1] * merge**2 for frame in by_length]
         return cls(
             entry=entry.to(device),
             exit=working_place[torch.cat(output_cells)].to(device),
-            positions=torch.cat(positions).to(device),
+            positions=patch_positions(torch.cat(cells).to(device), merge),
             segments=Segments.of_lengths(segment_lengths, device),
             windows=Segments.of_lengths(window_lengths, device),
         )
@@ -284,7 +277,7 @@ class NaViLVisionAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(1)  # (N, H, E) each
-        query, key = (rotate_pairs(heads.float(), cos, sin).to(value.dtype) for heads in (query, key))
+        query, key = (rotate_pairs(heads, cos, sin).to(value.dtype) for heads in (query, key))
         attend = segment_attention_function(self.config._attn_implementation, query)
         return self.proj(attend(query, key, value, segments, self.scaling).flatten(1))
 
@@ -358,7 +351,7 @@ class NaViLPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, mean=0.0, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, NaViLRMSNorm | nn.LayerNorm):
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
@@ -619,8 +612,11 @@ def decoder_attention_one_query(
     """As `decoder_attention_eager` where L is 1: decoding, which is as fast as keys and values can be read.
 
     The heads that share a key have one query each, and are to the kernel one head with several queries; transformers'
-    own function copies every key and value for each of them.
+    own function copies every key and value for each of them. A compiler for GPUs spreads the definition itself over
+    the whole GPU, where kernels made for many queries take one block for each head.
     """
+    if query.is_cuda and torch.compiler.is_compiling():
+        return decoder_attention_eager(module, query, key, value, attention_mask, scaling, dropout)[0], None
     query = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # (B, K, H/K, E)
     output = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
     return output.flatten(1, 2)[:, None], None  # (B, 1, H, E)

@@ -74,8 +74,8 @@ def test_window_order_is_row_major_over_windows_and_inside():
 
 
 def test_patch_positions_keep_merge_groups_together():
-    positions = modeling.patch_positions(1, 2, merge=2)
-    assert positions.tolist() == [[[0, 0], [0, 1], [1, 0], [1, 1]], [[0, 2], [0, 3], [1, 2], [1, 3]]]
+    positions = modeling.patch_positions(torch.tensor([[0, 1], [2, 0]]), merge=2)
+    assert positions.tolist() == [[0, 2], [0, 3], [1, 2], [1, 3], [4, 0], [4, 1], [5, 0], [5, 1]]
 
 
 def test_modality_order_round_trip_and_dispatch():
