@@ -100,22 +100,19 @@ def attention_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
 def vision_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
     model = bench.build(modeling.NaViLForConditionalGeneration, run.vision_only(bench.config))
     patches, grids = bench.patches(PHOTO)
-    yield from plain_and_compiled(
-        "vision", model.vision_model.blocks, partial(model.get_image_features, patches, grids)
-    )
+    work = partial(model.get_image_features, patches, grids)
+    yield "vision", work
+    run.compile_encoder(model)
+    yield "vision, compiled", work
 
 
 def prefill_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
     model = bench.build(modeling.NaViLForCausalLM, bench.config.text_config)
     ids, visual = run.mixed_tokens(bench, LENGTH)
-    mixed = partial(model, ids, visual_token_mask=visual, logits_to_keep=1)
-    yield from plain_and_compiled("prefill", model.model.layers, mixed)
-
-
-def plain_and_compiled(name: str, layers: Sequence[torch.nn.Module], work: Work) -> Iterator[tuple[str, Work]]:
-    yield name, work
-    run.compile_layers(layers)
-    yield f"{name}, layers compiled", work
+    work = partial(model, ids, visual_token_mask=visual, logits_to_keep=1)
+    yield "prefill", work
+    run.compile_decoder_layers(model)
+    yield "prefill, compiled", work
 
 
 def decode_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
@@ -126,7 +123,7 @@ def decode_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
     }
     for (name, build), tuned in product(builders.items(), (False, True)):
         model = run.compile_decoder(build(), tuned)
-        case = f"decode {run.TOKENS_PER_TIMING} tokens, {name}, compiled{' and tuned' * tuned}"
+        case = f"decode {run.TOKENS_PER_TIMING[bench.device.type]} tokens, {name}, compiled{' and tuned' * tuned}"
         yield case, run.decode_step(bench, model, config, "static", 1, CONTEXT)
 
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ class Bench:
     rounds: int
     matmul_rate: float
     bandwidth: float
-    compiles_layers: bool = False
+    compiles: bool = False
 
     def build(self, model_class: type, config: Any) -> torch.nn.Module:
         return baselines.on_device(lambda: model_class._from_config(config, torch_dtype=self.dtype), self.device)
@@ -163,21 +162,26 @@ def image_rows(bench: Bench, sizes: Sequence[tuple[int, int]]) -> Iterator[Row]:
 def vision_rows(bench: Bench, cases: Sequence[tuple[int, tuple[int, int]]]) -> Iterator[Row]:
     """Each case is so many photos of a size in one batch."""
     model = bench.build(modeling.NaViLForConditionalGeneration, vision_only(bench.config))
-    qwen = baselines.qwen_vision(bench.config, bench.device, bench.dtype)
-    if bench.compiles_layers:
-        compile_layers(model.vision_model.blocks, qwen.blocks)
+    qwen = None
+    if bench.compiles:
+        compile_encoder(model)
+    else:
+        qwen = baselines.qwen_vision(bench.config, bench.device, bench.dtype)
     for count, size in cases:
         patches, grids = bench.patches(size, count)
-        ours = lambda patches=patches, grids=grids: model.get_image_features(patches, grids)  # noqa: E731
+        ours = partial(model.get_image_features, patches, grids)
         others: dict[str, Callable[[], Any]] = {}
-        if len(patches) <= 32768:  # for more, the mask alone takes gigabytes
+        if bench.compiles:
+            others["not compiled"] = within(not_compiled, ours)
+        elif len(patches) <= 32768:  # for more, the mask alone takes gigabytes
             others["dense mask"] = within(baselines.dense_mask, ours)
-        if len(patches) <= 10_000:  # for more, the weights of all heads do, which Qwen2.5-VL's holds on a CPU too
+        if qwen is not None and len(patches) <= 10_000:  # for more, the weights of all heads do, on a CPU Qwen's too
             unfused = partial(baselines.dense_mask, baselines.dense_mask_equations)
             others["dense mask, not fused"] = within(unfused, ours)
-            others["Qwen2.5-VL vision"] = lambda patches=patches, grids=grids: qwen(patches, grids)
+            others["Qwen2.5-VL vision"] = partial(qwen, patches, grids)
         floor = limits.vision_operations(bench.config, grids.tolist()) / bench.matmul_rate
-        yield bench.row("vision", f"{count} x {size[0]}x{size[1]}, {len(patches)} patches", ours, others, floor)
+        case = f"{count} x {size[0]}x{size[1]}, {len(patches)} patches{', compiled' * bench.compiles}"
+        yield bench.row("vision", case, ours, others, floor)
 
 
 def vision_only(config: Any) -> Any:
@@ -190,18 +194,22 @@ def vision_only(config: Any) -> Any:
 def prefill_rows(bench: Bench, lengths: Sequence[int]) -> Iterator[Row]:
     config = bench.config.text_config
     model = bench.build(modeling.NaViLForCausalLM, config)
-    llm = baselines.plain_llm(config, bench.device, bench.dtype)
-    if bench.compiles_layers:
-        compile_layers(model.model.layers, llm.model.layers)
+    llm = None
+    if bench.compiles:
+        compile_decoder_layers(model)
+    else:
+        llm = baselines.plain_llm(config, bench.device, bench.dtype)
     for length in lengths:
         ids, visual = mixed_tokens(bench, length)
         mixed = partial(model, ids, visual_token_mask=visual, logits_to_keep=1)
-        others = {
-            "both experts": within(baselines.both_experts, mixed),
-            "Qwen3ForCausalLM": lambda ids=ids: llm(ids, logits_to_keep=1),
-        }
+        if llm is None:
+            others = {"not compiled": within(not_compiled, mixed)}
+        else:
+            both_experts = within(baselines.both_experts, mixed)
+            others = {"both experts": both_experts, "Qwen3ForCausalLM": partial(llm, ids, logits_to_keep=1)}
         floor = limits.prefill_operations(config, length) / bench.matmul_rate
-        yield bench.row("prefill", f"{length} tokens, three in four visual", mixed, others, floor)
+        case = f"{length} tokens, three in four visual{', compiled' * bench.compiles}"
+        yield bench.row("prefill", case, mixed, others, floor)
 
 
 def mixed_tokens(bench: Bench, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,35 +222,38 @@ def mixed_tokens(bench: Bench, length: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def decode_rows(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     config = bench.config.text_config
-    model = bench.build(modeling.NaViLForCausalLM, config)
-    llm = baselines.plain_llm(config, bench.device, bench.dtype)
+    models = {"navil": bench.build(modeling.NaViLForCausalLM, config)}
+    if not options.alone:
+        models["Qwen3ForCausalLM"] = baselines.plain_llm(config, bench.device, bench.dtype)
     compiled = ", compiled and tuned" if options.tune else ", compiled"
+    repeats = TOKENS_PER_TIMING[bench.device.type]
     for kind in ("dynamic", "static"):
-        is_compiled = kind == "static" and options.compile
+        is_compiled = kind == "static" and (bench.compiles or bench.device.type == "cuda")
         for batch in options.batches:
             for context in options.contexts:
-                steps = {}
-                for name, decoder in (("navil", model), ("llm", llm)):
+                others = {}
+                for name, decoder in models.items():
                     if is_compiled:
                         decoder = compile_decoder(decoder, options.tune)
-                    steps[name] = decode_step(bench, decoder, config, kind, batch, context)
+                    others[name] = decode_step(bench, decoder, config, kind, batch, context)
                 floor = max(
                     limits.decode_bytes(config, batch, context, bench.dtype) / bench.bandwidth,
                     limits.decode_operations(config, batch, context) / bench.matmul_rate,
                 )
                 case = f"batch {batch}, context {context}, {kind} cache{compiled * is_compiled}"
-                others = {"Qwen3ForCausalLM": steps.pop("llm")}
-                yield bench.row("decode", case, steps.pop("navil"), others, floor, repeats=TOKENS_PER_TIMING)
+                yield bench.row("decode", case, others.pop("navil"), others, floor, repeats)
                 del others
                 release(bench.device)
 
 
-TOKENS_PER_TIMING = 4
+# A GPU works while its host prepares the next token: all but for the first of them.
+TOKENS_PER_TIMING = {"cpu": 4, "cuda": 16}
 
 
 def decode_step(bench: Bench, model: Any, config: Any, kind: str, batch: int, context: int) -> Callable[[], None]:
     """Decodes a few tokens, always at the same context: random keys and values fill the cache."""
-    shape = (batch, config.num_key_value_heads, context - TOKENS_PER_TIMING, config.head_dim)
+    num_cached = context - TOKENS_PER_TIMING[bench.device.type]
+    shape = (batch, config.num_key_value_heads, num_cached, config.head_dim)
     token = torch.ones(batch, 1, dtype=torch.long, device=bench.device)
 
     def filled() -> Any:
@@ -250,19 +261,19 @@ def decode_step(bench: Bench, model: Any, config: Any, kind: str, batch: int, co
         if kind == "static":
             settings = {"max_cache_len": context, "device": bench.device, "dtype": bench.dtype}
             cache = StaticCache(config, max_batch_size=batch, **settings)
-        places = torch.arange(shape[2], device=bench.device)
+        places = torch.arange(num_cached, device=bench.device)
         for layer in range(config.num_hidden_layers):
             keys, values = torch.randn(2, *shape, device=bench.device, dtype=bench.dtype)
             cache.update(keys, values, layer, {"cache_position": places})
         return cache
 
     cache = filled()
-    positions = torch.arange(shape[2], context, device=bench.device).split(1)
+    positions = [torch.tensor([place], device=bench.device) for place in range(num_cached, context)]
 
     @torch.no_grad()
     def step() -> None:
         if kind == "dynamic":
-            cache.crop(shape[2])
+            cache.crop(num_cached)
         for position in positions:
             model(token, past_key_values=cache, cache_position=position, position_ids=position[None])
 
@@ -292,8 +303,15 @@ def with_image_tokens(config: Any) -> Any:
     return config
 
 
-# Torch makes kernels of its own of products with a single row only where it may tune them.
-TUNED = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+# Torch makes kernels of its own of products with a single row only where it may tune them. Then it can start kernels
+# that do not wait for each other as one, and let one begin while the last blocks of the kernel before it run.
+TUNED = {
+    "triton.cudagraphs": True,
+    "coordinate_descent_tuning": True,
+    "max_autotune_pointwise": True,
+    "combo_kernels": True,
+    "triton.enable_pdl": True,
+}
 
 
 def compile_decoder(model: torch.nn.Module, tuned: bool) -> torch.nn.Module:
@@ -301,9 +319,18 @@ def compile_decoder(model: torch.nn.Module, tuned: bool) -> torch.nn.Module:
     return torch.compile(model, fullgraph=True, **how)
 
 
-def compile_layers(*stacks: Sequence[torch.nn.Module]) -> None:
-    for layer in chain(*stacks):
-        layer.compile(dynamic=True)
+def compile_encoder(model: modeling.NaViLForConditionalGeneration) -> None:
+    """One graph for all blocks and pictures."""
+    for block in model.vision_model.blocks:
+        block.compile(dynamic=True)
+
+
+def compile_decoder_layers(model: modeling.NaViLForCausalLM) -> None:
+    """All layers as one graph: compiled one by one, each would be another because of its place in the cache."""
+    model.model.compile(dynamic=True)
+
+
+not_compiled = partial(torch.compiler.set_stance, "force_eager")
 
 
 def release(device: torch.device) -> None:
@@ -377,9 +404,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="prefill, tokens (%(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="decoding (%(default)s)")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192], help="decoding, tokens (%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="decode compiled on static caches; on a GPU always")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the encoder, the decoder's prefill, and decoding on static caches, this on a GPU always",
+    )
     parser.add_argument("--tune", action="store_true", help="tune the kernels of compiled decoding by trials: minutes")
-    parser.add_argument("--compile-layers", action="store_true", help="of the encoder and, in prefill, of the decoder")
+    parser.add_argument("--alone", action="store_true", help="decode without the baseline, whose tuning takes as long")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
     return parser
 
@@ -388,7 +419,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     options.arguments = sys.argv[1:] if arguments is None else list(arguments)
     device = torch.device(options.device)
-    options.compile |= device.type == "cuda"
     dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     torch.manual_seed(0)
     bench = Bench(
@@ -398,7 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=options.rounds,
         matmul_rate=limits.matmul_rate(device, dtype),
         bandwidth=limits.memory_bandwidth(device),
-        compiles_layers=options.compile_layers,
+        compiles=options.compile,
     )
     rows = []
     with torch.no_grad():
