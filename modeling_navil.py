@@ -16,13 +16,16 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import CandidateGenerator, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -110,31 +113,31 @@ def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(allowed, blocked.new_zeros(()), blocked)
 
 
+SDPA_SWITCHES = {
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+}
+
+
+@torch.compiler.assume_constant_result
+def sdpa_backends() -> list[SDPBackend]:
+    """The kernels for torch's attention on a GPU that are switched on, but for cuDNN's where there is another.
+
+    torch prefers cuDNN's on Hopper GPUs and newer, which makes a plan for each new shape first, 50 ms and more. Shapes
+    differ here with every prompt and picture, and with every token that a growing cache takes.
+    """
+    return [backend for backend, is_on in SDPA_SWITCHES.items() if is_on()] or [SDPBackend.CUDNN_ATTENTION]
+
+
+def sdpa_kernels(query: Tensor) -> AbstractContextManager:
+    """Inside, torch's attention on a query's device takes one of `sdpa_backends`."""
+    return sdpa_kernel(sdpa_backends()) if query.is_cuda else nullcontext()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Vision encoder
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def window_order(rows: int, columns: int, window: int) -> tuple[Tensor, list[int]]:
-    """Row-major order over windows and inside each, of a grid of merged cells (reference §2).
-
-    Args:
-        rows, columns: the grid, in merged cells.
-        window: side of a window, in merged cells; windows at the right and bottom edge may be smaller.
-
-    Returns:
-        The raster index of each cell in window order, (rows * columns,), and the number of cells of each window.
-    """
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    windows_per_row = -(-columns // window)
-    window_index = (row // window * windows_per_row + column // window).flatten()
-    return window_index.argsort(stable=True), window_index.bincount().tolist()
-
-
-def patch_positions(cells: Tensor, merge: int) -> Tensor:
-    """Row and column, in patches, of each patch of merged cells whose own are given, (V, 2) -> (V * merge**2, 2)."""
-    side = torch.arange(merge, device=cells.device)
-    return (cells[:, None] * merge + torch.cartesian_prod(side, side)).flatten(0, 1)
 
 
 @dataclass  # in a NamedTuple, torch.compile would take each number of runs for a new graph
@@ -148,8 +151,8 @@ class Segments:
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
         runs = [(len(list(group)), length) for length, group in groupby(lengths)]
-        offsets = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
-        return cls(runs, offsets, max(lengths))
+        offsets = np.cumsum([0, *lengths], dtype=np.int32)
+        return cls(runs, torch.from_numpy(offsets).to(device), max(lengths))
 
 
 @dataclass
@@ -157,7 +160,8 @@ class PackedLayout:
     """Where packed patches stand while the encoder works on them; index arithmetic once per forward.
 
     Cells are worked on with equal-length segments side by side, so that each run of them is one batched attention, and
-    inside a segment window by window. `entry` and `exit` permute merged cells between that order and the outside ones.
+    inside a segment window by window. `entry` and `exit` permute merged cells between that order and the outside ones:
+    `entry[exit]` is the input cell of each output cell.
     """
 
     entry: Tensor  # (V,) input cell at each place of the working order
@@ -168,34 +172,39 @@ class PackedLayout:
 
     @classmethod
     def build(cls, grids: Sequence[Sequence[int]], config: NaViLVisionConfig, device: torch.device) -> "PackedLayout":
+        # In numpy: the GPU waits for this, and torch would wake threads for what takes one of them a millisecond.
         merge = config.spatial_merge_size
-        window = config.window_size // merge
-        # One (rows, columns) grid of merged cells per frame of each scale, and where its cells begin in the input.
-        frames = [(rows // merge, columns // merge) for count, rows, columns in grids for _ in range(count)]
-        starts = torch.tensor([0] + [rows * columns for rows, columns in frames]).cumsum(0).tolist()
-        entry, cells, window_lengths, output_cells = [], [], [], [None] * len(frames)
-        by_length = sorted(range(len(frames)), key=lambda frame: frames[frame][0] * frames[frame][1])
-        for frame in by_length:
-            rows, columns = frames[frame]
-            order, sizes = window_order(rows, columns, window)
-            # Windows of one size side by side.
-            window_sizes = torch.tensor(sizes)
-            working = order[window_sizes.repeat_interleave(window_sizes).argsort(stable=True)]
-            entry.append(working + starts[frame])
-            cells.append(torch.stack([working // columns, working % columns], dim=-1))
-            window_lengths += [size * merge**2 for size in sorted(sizes)]
-            released = order if config.visual_token_order == "window" else torch.arange(rows * columns)
-            output_cells[frame] = released + starts[frame]
-        entry = torch.cat(entry)
-        working_place = entry.argsort()
-        segment_lengths = [frames[frame][0] * frames[frame][1] * merge**2 for frame in by_length]
+        cells_per_window = config.window_size // merge
+        # Frames of all scales in a row, their sides in merged cells, and from here on a number for each cell.
+        sides = np.array([(rows // merge, columns // merge) for count, rows, columns in grids for _ in range(count)])
+        lengths = sides.prod(-1)
+        frame = np.arange(len(sides)).repeat(lengths)
+        rows, columns = sides[frame].T
+        row, column = np.divmod(np.arange(len(frame)) - (lengths.cumsum() - lengths)[frame], columns)
+
+        # Windows are numbered row by row in their frame; those at the right and bottom edge may be smaller.
+        window_row, window_column = row // cells_per_window, column // cells_per_window
+        window = window_row * -(-columns // cells_per_window) + window_column
+        height = np.minimum(cells_per_window, rows - window_row * cells_per_window)
+        width = np.minimum(cells_per_window, columns - window_column * cells_per_window)
+
+        entry = np.lexsort((window, height * width, frame, lengths[frame]))  # the last is sorted by first
+        released = np.lexsort((window, frame)) if config.visual_token_order == "window" else np.arange(len(frame))
+        is_first = np.diff(frame[entry], prepend=-1) | np.diff(window[entry], prepend=-1) != 0
+        window_lengths = np.diff(np.flatnonzero(is_first), append=len(frame))
         return cls(
-            entry=entry.to(device),
-            exit=working_place[torch.cat(output_cells)].to(device),
-            positions=patch_positions(torch.cat(cells).to(device), merge),
-            segments=Segments.of_lengths(segment_lengths, device),
-            windows=Segments.of_lengths(window_lengths, device),
+            entry=torch.from_numpy(entry).to(device),
+            exit=torch.from_numpy(entry.argsort()[released]).to(device),
+            positions=patch_positions(torch.from_numpy(np.stack([row, column], axis=-1)[entry]).to(device), merge),
+            segments=Segments.of_lengths((np.sort(lengths) * merge**2).tolist(), device),
+            windows=Segments.of_lengths((window_lengths * merge**2).tolist(), device),
         )
+
+
+def patch_positions(cells: Tensor, merge: int) -> Tensor:
+    """Row and column, in patches, of each patch of merged cells whose own are given, (V, 2) -> (V * merge**2, 2)."""
+    side = torch.arange(merge, device=cells.device)
+    return (cells[:, None] * merge + torch.cartesian_prod(side, side)).flatten(0, 1)
 
 
 def segment_attention_eager(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
@@ -214,7 +223,8 @@ def segment_attention_sdpa(query: Tensor, key: Tensor, value: Tensor, segments: 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scaling)
 
-    return _attend_by_run(attend, query, key, value, segments)
+    with sdpa_kernels(query):
+        return _attend_by_run(attend, query, key, value, segments)
 
 
 def _attend_by_run(attend: Callable, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
@@ -685,7 +695,8 @@ class NaViLAttention(nn.Module):
             attend = ALL_ATTENTION_FUNCTIONS[implementation]
         dropout = self.config.attention_dropout if self.training else 0.0
         mask = causal_mask(key.shape[-2], query.device)
-        output, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout)
+        with sdpa_kernels(query):
+            output, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout)
         output = order.split(output.flatten(2))  # (T, H*E)
         return order.apply_experts(text.o_proj, visual.o_proj, output), weights
 

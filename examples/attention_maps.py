@@ -64,26 +64,21 @@ def module_of(part: Any) -> Any:
     return sys.modules[type(part).__module__]
 
 
-def cell_places(slots: np.ndarray, grids: Sequence[Sequence[int]], config: Any, window_order: Any) -> list[np.ndarray]:
+def cell_places(slots: np.ndarray, grids: Sequence[Sequence[int]], config: Any, layout_class: Any) -> list[np.ndarray]:
     """Where each merged cell of each scale stands among the tokens.
 
     Args:
         slots: (V,) places of the visual tokens, all scales in a row.
-        grids: (frames, rows, columns) of each scale, in patches.
+        grids: (frames, rows, columns) of each scale, in patches; single frames.
         config: the vision config, which names the order of the visual tokens.
-        window_order: the model's function of that name.
+        layout_class: the model's `PackedLayout`.
     """
-    merge, start, places = config.spatial_merge_size, 0, []
-    for _, patch_rows, patch_columns in grids:
-        rows, columns = patch_rows // merge, patch_columns // merge
-        order = np.arange(rows * columns)
-        if config.visual_token_order == "window":
-            order = window_order(rows, columns, config.window_size // merge)[0].numpy()
-        cells = np.empty_like(order)
-        cells[order] = slots[start : start + len(order)]
-        places.append(cells.reshape(rows, columns))
-        start += len(order)
-    return places
+    layout = layout_class.build(grids, config, torch.device("cpu"))
+    cells = np.empty_like(slots)
+    cells[layout.entry[layout.exit].numpy()] = slots
+    shapes = [(rows // config.spatial_merge_size, columns // config.spatial_merge_size) for _, rows, columns in grids]
+    ends = np.cumsum([rows * columns for rows, columns in shapes])[:-1]
+    return [places.reshape(shape) for places, shape in zip(np.split(cells, ends), shapes, strict=True)]
 
 
 @torch.no_grad()
@@ -114,7 +109,7 @@ def compute_maps(model: Any, processor: Any, image: Image.Image, question: str, 
         weights=torch.stack([layer[0].float().mean(0).cpu() for layer in attentions]).numpy(),
         is_image=model.get_visual_token_mask(ids)[0].cpu().numpy(),
         answer=[processor.decode([token]) for token in ids[0, prompt_length:].tolist()],
-        places=cell_places(slots, inputs["image_grid_thw"].tolist(), vision, module_of(model).window_order),
+        places=cell_places(slots, inputs["image_grid_thw"].tolist(), vision, module_of(model).PackedLayout),
         sizes=module_of(settings).plan_scales(image.height, image.width, cell, *budget),
         cell=cell,
     )

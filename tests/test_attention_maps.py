@@ -8,7 +8,7 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 
-from navil.modeling_navil import window_order  # noqa: E402
+from navil.modeling_navil import PackedLayout  # noqa: E402
 
 from examples import attention_maps  # noqa: E402
 
@@ -48,8 +48,9 @@ def test_heat_of_all_scales_adds_up_to_the_attention_on_the_picture(maps):
 def test_heat_lies_where_the_cell_does(recording, order):
     vision = type(recording.model.config.vision_config)(visual_token_order=order, window_size=4)
     slots = np.arange(100, 115)
-    [places] = attention_maps.cell_places(slots, [[1, 6, 10]], vision, window_order)
-    token = 100 + window_order(3, 5, 2)[0].tolist().index(7) if order == "window" else 107
+    [places] = attention_maps.cell_places(slots, [[1, 6, 10]], vision, PackedLayout)
+    # Cell 7 is the third of the window to its left, which comes second of six.
+    token = 106 if order == "window" else 107
     assert places[1, 2] == token
     weights = np.zeros((2, 120, 120))
     weights[:, 117, token] = 1

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import recorded_image, relative_error
 from navil import modeling_navil as modeling
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
@@ -48,6 +49,15 @@ def test_sdpa_takes_the_varlen_kernel():
     half = torch.zeros(4, 2, 64, device="cuda", dtype=torch.bfloat16)
     assert modeling.segment_attention_function("sdpa", half) is modeling.segment_attention_varlen
     assert modeling.segment_attention_function("sdpa", half.float()) is modeling.segment_attention_sdpa
+
+
+def test_no_plan_is_made_for_a_new_length(on_cuda):
+    decoder = on_cuda.language_model
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        cache = decoder(torch.ones(1, 37, dtype=torch.long, device="cuda")).past_key_values
+        decoder(torch.ones(1, 1, dtype=torch.long, device="cuda"), past_key_values=cache)
+    names = {event.key for event in profiler.key_averages()}
+    assert "aten::scaled_dot_product_attention" in names and not any("cudnn" in name for name in names)
 
 
 def test_compiled_decoding_on_a_static_cache_is_one_graph_without_host_sync(on_cuda):

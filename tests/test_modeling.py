@@ -9,6 +9,7 @@ from conftest import relative_error
 from navil import modeling_navil as modeling
 from navil.configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 TEXT = {
@@ -67,15 +68,42 @@ def prompt(*cells: int, text: int = 7) -> torch.Tensor:
 # -- index arithmetic --------------------------------------------------------------------------------------------------
 
 
+def layout_of(*grids: tuple[int, int], window_size: int = 4) -> modeling.PackedLayout:
+    """Of grids of merged cells, in window order."""
+    config = NaViLVisionConfig(window_size=window_size, visual_token_order="window")
+    grids = [(1, 2 * rows, 2 * columns) for rows, columns in grids]
+    return modeling.PackedLayout.build(grids, config, torch.device("cpu"))
+
+
 def test_window_order_is_row_major_over_windows_and_inside():
-    order, sizes = modeling.window_order(3, 5, window=2)
-    assert order.tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
-    assert sizes == [4, 4, 2, 2, 2, 1]
+    layout = layout_of((3, 5))
+    assert layout.entry[layout.exit].tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
+
+
+def test_equal_segments_and_windows_are_worked_on_side_by_side():
+    layout = layout_of((3, 5), (1, 2), (3, 5))
+    assert layout.segments.runs == [(1, 8), (2, 60)] and layout.segments.offsets.tolist() == [0, 8, 68, 128]
+    assert layout.windows.runs == [(1, 8), (1, 4), (3, 8), (2, 16), (1, 4), (3, 8), (2, 16)]
+    assert layout.entry[:2].tolist() == [15, 16]  # the shortest first
+    assert layout.entry[2:17].tolist() == [14, 4, 9, 10, 11, 12, 13, 0, 1, 5, 6, 2, 3, 7, 8]  # small windows first
+    assert layout.positions[8:12].tolist() == [[4, 8], [4, 9], [5, 8], [5, 9]]  # of cell 14
+    assert sorted(layout.entry.tolist()) == sorted(layout.exit.tolist()) == list(range(32))
 
 
 def test_patch_positions_keep_merge_groups_together():
     positions = modeling.patch_positions(torch.tensor([[0, 1], [2, 0]]), merge=2)
     assert positions.tolist() == [[0, 2], [0, 3], [1, 2], [1, 3], [4, 0], [4, 1], [5, 0], [5, 1]]
+
+
+def test_attention_leaves_cudnn_out_and_what_is_switched_off():
+    flash, efficient, math, cudnn = (
+        getattr(SDPBackend, name) for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH", "CUDNN_ATTENTION")
+    )
+    assert modeling.sdpa_backends() == [flash, efficient, math]
+    with sdpa_kernel([math, cudnn]):
+        assert modeling.sdpa_backends() == [math]
+    with sdpa_kernel(cudnn):
+        assert modeling.sdpa_backends() == [cudnn]
 
 
 def test_modality_order_round_trip_and_dispatch():
@@ -216,8 +244,8 @@ def test_packed_images_equal_separate_images(variant, order):
 def test_window_and_raster_order_hold_the_same_tokens(variant):
     model = build(vision=variant)
     images = image_inputs((10, 14), (6, 4))
-    window = model.config.vision_config.window_size // 2
-    permutation = torch.cat([modeling.window_order(5, 7, window)[0], modeling.window_order(3, 2, window)[0] + 35])
+    layout = layout_of((5, 7), (3, 2), window_size=model.config.vision_config.window_size)
+    permutation = layout.entry[layout.exit]
     with torch.no_grad():
         raster = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
         model.config.vision_config.visual_token_order = "window"
