@@ -304,18 +304,22 @@ def with_image_tokens(config: Any) -> Any:
 
 
 # Torch makes kernels of its own of products with a single row only where it may tune them. Then it can start kernels
-# that do not wait for each other as one, and let one begin while the last blocks of the kernel before it run.
+# that do not wait for each other as one, and let one begin while the last blocks of the kernel before it run. On a CPU,
+# calling them one by one from Python is what is left to save.
 TUNED = {
-    "triton.cudagraphs": True,
-    "coordinate_descent_tuning": True,
-    "max_autotune_pointwise": True,
-    "combo_kernels": True,
-    "triton.enable_pdl": True,
+    "cuda": {
+        "triton.cudagraphs": True,
+        "coordinate_descent_tuning": True,
+        "max_autotune_pointwise": True,
+        "combo_kernels": True,
+        "triton.enable_pdl": True,
+    },
+    "cpu": {"cpp_wrapper": True},
 }
 
 
 def compile_decoder(model: torch.nn.Module, tuned: bool) -> torch.nn.Module:
-    how = {"options": TUNED} if tuned else {"mode": "reduce-overhead"}
+    how = {"options": TUNED[model.device.type]} if tuned else {"mode": "reduce-overhead"}
     return torch.compile(model, fullgraph=True, **how)
 
 
@@ -409,7 +413,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compile the encoder, the decoder's prefill, and decoding on static caches, this on a GPU always",
     )
-    parser.add_argument("--tune", action="store_true", help="tune the kernels of compiled decoding by trials: minutes")
+    parser.add_argument(
+        "--tune", action="store_true", help="compile decoding with more options; on a GPU, minutes of trials"
+    )
     parser.add_argument("--alone", action="store_true", help="decode without the baseline, whose tuning takes as long")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md too")
     return parser

@@ -130,4 +130,4 @@ def test_profiles_of_every_case(tiny_benchmark, monkeypatch, capsys):
         "decode 4 tokens, Qwen3, compiled and tuned",
     ]
     assert len(compiled) == 2
-    assert [settings.get("options") for settings in decoders] == [None, run.TUNED] * 2
+    assert [settings.get("options") for settings in decoders] == [None, run.TUNED["cpu"]] * 2
