@@ -8,7 +8,7 @@ from threading import Thread
 import pytest
 import torch
 from conftest import ROOT, recorded_image, relative_error
-from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
+from transformers import AutoModel, AutoProcessor, CompileConfig, TextIteratorStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks import chat_session
@@ -176,6 +176,16 @@ def test_offloaded_cache_answers_the_same(tiny, implementation):
     model, inputs = copy.deepcopy(model).cuda(), inputs.to("cuda")
     output = model.generate(**inputs, **SHORT, cache_implementation=implementation)
     assert processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :]) == [answer]
+
+
+def test_compiled_decoding_is_one_graph_and_answers_the_same(tiny):
+    model, processor, inputs, answer = tiny
+    model, graphs = copy.deepcopy(model), []
+    settings = CompileConfig(mode=None, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    settings._compile_all_devices = True  # else on GPUs alone
+    output = model.generate(**inputs, **SHORT, cache_implementation="static", compile_config=settings)
+    assert processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :]) == [answer]
+    assert len(graphs) == 1
 
 
 # -- attention weights -------------------------------------------------------------------------------------------------
