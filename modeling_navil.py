@@ -336,7 +336,7 @@ class NaViLPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["NaViLVisionBlock", "NaViLDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn_2 = True
     _supports_flash_attn = True
@@ -772,9 +772,13 @@ class NaViLTextModel(NaViLPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         cache_position: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As transformers' decoders; `visual_token_mask` (B, L) bool says which tokens the visual experts take."""
+        """As transformers' decoders; `visual_token_mask` (B, L) bool says which tokens the visual experts take.
+
+        `cache` is what transformers calls `past_key_values` from 5.24 on.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -787,6 +791,7 @@ class NaViLTextModel(NaViLPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if self.gradient_checkpointing and self.training:
             use_cache = False
+        past_key_values = cache if past_key_values is None else past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
 
@@ -836,6 +841,11 @@ class NaViLTextModel(NaViLPreTrainedModel):
             frequencies = frequencies * growth**-exponents  # (B, 1, E/2)
         angles = (positions * frequencies)[:, None]  # (B, 1, L, E/2)
         return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def cache_of(inputs: dict[str, Any]) -> Cache | None:
+    """The cache among the inputs of `generate`, by its name before or since transformers 5.24."""
+    return inputs.get("past_key_values", inputs.get("cache"))
 
 
 def num_keys(cache: Cache | None) -> int:
@@ -893,6 +903,7 @@ class NaViLForCausalLM(NaViLPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         cache_position: Tensor | None = None,
+        cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
@@ -902,7 +913,7 @@ class NaViLForCausalLM(NaViLPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             visual_token_mask=visual_token_mask,
             use_cache=use_cache,
@@ -1001,8 +1012,8 @@ class TextCandidates(CandidateGenerator):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.generator, name)  # `generate` looks at an assistant's settings
 
-    def get_candidates(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        candidates, logits = self.generator.get_candidates(input_ids)
+    def get_candidates(self, input_ids: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+        candidates, logits = self.generator.get_candidates(input_ids, *args)
         # One sequence, as in all of assisted decoding.
         is_text = candidates[0, input_ids.shape[1] :] != self.image_token_id
         num_kept = int(is_text.cumprod(0).sum())
@@ -1159,6 +1170,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         cache_position: Tensor | None = None,
+        cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -1195,7 +1207,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         return self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             visual_token_mask=visual_token_mask,
             labels=labels,
@@ -1257,8 +1269,8 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((prompt for prompt in prompts if prompt is not None), None)
         if prompt is not None and prompt.shape[1] > self.config.text_config.context_length:
-            names = ("attention_mask", "image_grid_thw", "num_scales", "past_key_values")
-            self._check_context(prompt, **{name: kwargs.get(name) for name in names})
+            names = ("attention_mask", "image_grid_thw", "num_scales")
+            self._check_context(prompt, **{name: kwargs.get(name) for name in names}, past_key_values=cache_of(kwargs))
         if kwargs.get("pixel_values") is not None and prompt is not None and not prompt.is_floating_point():
             # Of the prompt alone: generated tokens are text, also where a pass without a cache sees them again.
             if kwargs.get("visual_token_mask") is None:
@@ -1342,7 +1354,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         """Repeats every prompt `expand_size` times, each with its own images (beams, several return sequences)."""
         packed = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_thw", "num_scales")}
         if expand_size > 1 and packed["pixel_values"] is not None:
-            new_tokens = input_ids[:, num_keys(model_kwargs.get("past_key_values")) :]
+            new_tokens = input_ids[:, num_keys(cache_of(model_kwargs)) :]
             if self._has_slots(new_tokens):  # else the cache holds the images already
                 packed = self._repeat_images(new_tokens, expand_size, **packed)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(

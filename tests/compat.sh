@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Runs load, chat, generate, save and reload, and a training step under other transformers versions, each in a virtual
-# environment of its own that is kept for the next run.
+# Runs load, chat, sessions, all of generate, save and reload, and a training step under other transformers versions, each
+# in a virtual environment of its own that is kept for the next run.
 #
 #   bash tests/compat.sh                    # 4.57.x, 5.0.0 and the newest 5.x
 #   bash tests/compat.sh 4.51.0 '5.*'       # these versions, as pip writes them
-#   TESTS=tests bash tests/compat.sh        # the whole suite instead of the two files that speak for it
+#   TESTS=tests bash tests/compat.sh        # the whole suite instead of the files that speak for it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 versions=("$@")
 if [ ${#versions[@]} -eq 0 ]; then versions=('4.57.*' '5.0.0' '5.*'); fi
 environments=${COMPAT_ENVIRONMENTS:-.venv-compat}
-tests=${TESTS:-tests/test_compatibility.py tests/test_reference_parity.py}
+tests=${TESTS:-tests/test_compatibility.py tests/test_reference_parity.py tests/test_chat.py tests/test_generation.py}
 failed=()
 
 for version in "${versions[@]}"; do

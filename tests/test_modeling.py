@@ -451,6 +451,17 @@ def test_a_prompt_goes_on_from_its_cache():
         assert torch.equal(model.generate(first.sequences, **options, past_key_values=past, max_new_tokens=4), whole)
 
 
+def test_the_cache_goes_by_either_name():
+    model = build()
+    ids = torch.randint(20, 200, (1, 9))
+    for part in (model, model.language_model, model.language_model.model):
+        caches = [part(ids[:, :6]).past_key_values for _ in range(2)]
+        old = part(ids[:, 6:], past_key_values=caches[0])
+        new = part(ids[:, 6:], cache=caches[1])
+        assert torch.equal(old[0], new[0]) and new.past_key_values is caches[1]
+        assert caches[1].get_seq_length() == 9
+
+
 def test_visual_token_mask_without_a_cache():
     model = build()
     embeds, mask = torch.randn(1, 12, 64), torch.rand(1, 12) < 0.5
