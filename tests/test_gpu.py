@@ -8,6 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
+from benchmarks import run
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 BFLOAT16_ERROR = 0.05  # of the largest logit, against float32 on the CPU
@@ -60,12 +62,14 @@ def test_no_plan_is_made_for_a_new_length(on_cuda):
     assert "aten::scaled_dot_product_attention" in names and not any("cudnn" in name for name in names)
 
 
-def test_compiled_decoding_on_a_static_cache_is_one_graph_without_host_sync(on_cuda):
+@pytest.mark.parametrize("how", [{"mode": "reduce-overhead"}, {"options": run.TUNED["cuda"]}], ids=["plain", "tuned"])
+def test_compiled_decoding_on_a_static_cache_is_one_graph_without_host_sync(on_cuda, how):
     decoder = on_cuda.language_model
     position = torch.tensor([3], device="cuda")
     inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long, device="cuda"), "position_ids": position[None]}
     cache = StaticCache(decoder.config, max_batch_size=1, max_cache_len=8, device="cuda", dtype=torch.bfloat16)
-    compiled = torch.compile(decoder, mode="reduce-overhead", fullgraph=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(decoder, fullgraph=True, **how)
     with torch.no_grad():
         expected = decoder(**inputs, past_key_values=cache, cache_position=position).logits
         compiled(**inputs, past_key_values=cache, cache_position=position)  # compiles
