@@ -172,7 +172,7 @@ class PackedLayout:
 
     @classmethod
     def build(cls, grids: Sequence[Sequence[int]], config: NaViLVisionConfig, device: torch.device) -> "PackedLayout":
-        # In numpy: the GPU waits for this, and torch would wake threads for what takes one of them a millisecond.
+        # In numpy: the GPU waits for this, and on a host of many cores torch took milliseconds for single look-ups.
         merge = config.spatial_merge_size
         cells_per_window = config.window_size // merge
         # Frames of all scales in a row, their sides in merged cells, and from here on a number for each cell.
