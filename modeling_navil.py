@@ -791,7 +791,7 @@ class NaViLTextModel(NaViLPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if self.gradient_checkpointing and self.training:
             use_cache = False
-        past_key_values = cache if past_key_values is None else past_key_values
+        past_key_values = one_cache(past_key_values, cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
 
@@ -843,9 +843,15 @@ class NaViLTextModel(NaViLPreTrainedModel):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def cache_of(inputs: dict[str, Any]) -> Cache | None:
-    """The cache among the inputs of `generate`, by its name before or since transformers 5.24."""
-    return inputs.get("past_key_values", inputs.get("cache"))
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache, by its name before or since transformers 5.24.
+
+    Raises:
+        ValueError: both names are used.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one thing: give one of them")
+    return cache if past_key_values is None else past_key_values
 
 
 def num_keys(cache: Cache | None) -> int:
@@ -913,7 +919,8 @@ class NaViLForCausalLM(NaViLPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache if past_key_values is None else past_key_values,
+            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             visual_token_mask=visual_token_mask,
             use_cache=use_cache,
@@ -1012,7 +1019,9 @@ class TextCandidates(CandidateGenerator):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.generator, name)  # `generate` looks at an assistant's settings
 
-    def get_candidates(self, input_ids: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+    def get_candidates(
+        self, input_ids: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor | None]:  # transformers 5.0 has more
         candidates, logits = self.generator.get_candidates(input_ids, *args)
         # One sequence, as in all of assisted decoding.
         is_text = candidates[0, input_ids.shape[1] :] != self.image_token_id
@@ -1207,7 +1216,8 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         return self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache if past_key_values is None else past_key_values,
+            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             visual_token_mask=visual_token_mask,
             labels=labels,
@@ -1269,8 +1279,9 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((prompt for prompt in prompts if prompt is not None), None)
         if prompt is not None and prompt.shape[1] > self.config.text_config.context_length:
+            cache = one_cache(kwargs.get("past_key_values"), kwargs.get("cache"))
             names = ("attention_mask", "image_grid_thw", "num_scales")
-            self._check_context(prompt, **{name: kwargs.get(name) for name in names}, past_key_values=cache_of(kwargs))
+            self._check_context(prompt, **{name: kwargs.get(name) for name in names}, past_key_values=cache)
         if kwargs.get("pixel_values") is not None and prompt is not None and not prompt.is_floating_point():
             # Of the prompt alone: generated tokens are text, also where a pass without a cache sees them again.
             if kwargs.get("visual_token_mask") is None:
@@ -1354,7 +1365,8 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         """Repeats every prompt `expand_size` times, each with its own images (beams, several return sequences)."""
         packed = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_thw", "num_scales")}
         if expand_size > 1 and packed["pixel_values"] is not None:
-            new_tokens = input_ids[:, num_keys(cache_of(model_kwargs)) :]
+            cache = one_cache(model_kwargs.get("past_key_values"), model_kwargs.get("cache"))
+            new_tokens = input_ids[:, num_keys(cache) :]
             if self._has_slots(new_tokens):  # else the cache holds the images already
                 packed = self._repeat_images(new_tokens, expand_size, **packed)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(

@@ -111,7 +111,7 @@ def prefill_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
     ids, visual = run.mixed_tokens(bench, LENGTH)
     work = partial(model, ids, visual_token_mask=visual, logits_to_keep=1)
     yield "prefill", work
-    run.compile_decoder_layers(model)
+    run.compile_prefill(model)
     yield "prefill, compiled", work
 
 

@@ -162,7 +162,6 @@ def image_rows(bench: Bench, sizes: Sequence[tuple[int, int]]) -> Iterator[Row]:
 def vision_rows(bench: Bench, cases: Sequence[tuple[int, tuple[int, int]]]) -> Iterator[Row]:
     """Each case is so many photos of a size in one batch."""
     model = bench.build(modeling.NaViLForConditionalGeneration, vision_only(bench.config))
-    qwen = None
     if bench.compiles:
         compile_encoder(model)
     else:
@@ -170,18 +169,26 @@ def vision_rows(bench: Bench, cases: Sequence[tuple[int, tuple[int, int]]]) -> I
     for count, size in cases:
         patches, grids = bench.patches(size, count)
         ours = partial(model.get_image_features, patches, grids)
-        others: dict[str, Callable[[], Any]] = {}
         if bench.compiles:
-            others["not compiled"] = within(not_compiled, ours)
-        elif len(patches) <= 32768:  # for more, the mask alone takes gigabytes
-            others["dense mask"] = within(baselines.dense_mask, ours)
-        if qwen is not None and len(patches) <= 10_000:  # for more, the weights of all heads do, on a CPU Qwen's too
-            unfused = partial(baselines.dense_mask, baselines.dense_mask_equations)
-            others["dense mask, not fused"] = within(unfused, ours)
-            others["Qwen2.5-VL vision"] = partial(qwen, patches, grids)
+            others = {"not compiled": within(not_compiled, ours)}
+        else:
+            others = vision_baselines(ours, partial(qwen, patches, grids), len(patches))
         floor = limits.vision_operations(bench.config, grids.tolist()) / bench.matmul_rate
         case = f"{count} x {size[0]}x{size[1]}, {len(patches)} patches{', compiled' * bench.compiles}"
         yield bench.row("vision", case, ours, others, floor)
+
+
+def vision_baselines(
+    ours: Callable[[], Any], qwen: Callable[[], Any], num_patches: int
+) -> dict[str, Callable[[], Any]]:
+    """Those that so many patches leave memory for."""
+    others = {}
+    if num_patches <= 32768:  # for more, the mask alone takes gigabytes
+        others["dense mask"] = within(baselines.dense_mask, ours)
+    if num_patches <= 10_000:  # for more, the weights of all heads do, which Qwen2.5-VL's holds on a CPU too
+        others["dense mask, not fused"] = within(partial(baselines.dense_mask, baselines.dense_mask_equations), ours)
+        others["Qwen2.5-VL vision"] = qwen
+    return others
 
 
 def vision_only(config: Any) -> Any:
@@ -194,15 +201,14 @@ def vision_only(config: Any) -> Any:
 def prefill_rows(bench: Bench, lengths: Sequence[int]) -> Iterator[Row]:
     config = bench.config.text_config
     model = bench.build(modeling.NaViLForCausalLM, config)
-    llm = None
     if bench.compiles:
-        compile_decoder_layers(model)
+        compile_prefill(model)
     else:
         llm = baselines.plain_llm(config, bench.device, bench.dtype)
     for length in lengths:
         ids, visual = mixed_tokens(bench, length)
         mixed = partial(model, ids, visual_token_mask=visual, logits_to_keep=1)
-        if llm is None:
+        if bench.compiles:
             others = {"not compiled": within(not_compiled, mixed)}
         else:
             both_experts = within(baselines.both_experts, mixed)
@@ -231,18 +237,18 @@ def decode_rows(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
         is_compiled = kind == "static" and (bench.compiles or bench.device.type == "cuda")
         for batch in options.batches:
             for context in options.contexts:
-                others = {}
+                steps = {}
                 for name, decoder in models.items():
                     if is_compiled:
                         decoder = compile_decoder(decoder, options.tune)
-                    others[name] = decode_step(bench, decoder, config, kind, batch, context)
+                    steps[name] = decode_step(bench, decoder, config, kind, batch, context)
                 floor = max(
                     limits.decode_bytes(config, batch, context, bench.dtype) / bench.bandwidth,
                     limits.decode_operations(config, batch, context) / bench.matmul_rate,
                 )
                 case = f"batch {batch}, context {context}, {kind} cache{compiled * is_compiled}"
-                yield bench.row("decode", case, others.pop("navil"), others, floor, repeats)
-                del others
+                yield bench.row("decode", case, steps.pop("navil"), steps, floor, repeats)
+                del steps
                 release(bench.device)
 
 
@@ -329,7 +335,7 @@ def compile_encoder(model: modeling.NaViLForConditionalGeneration) -> None:
         block.compile(dynamic=True)
 
 
-def compile_decoder_layers(model: modeling.NaViLForCausalLM) -> None:
+def compile_prefill(model: modeling.NaViLForCausalLM) -> None:
     """All layers as one graph: compiled one by one, each would be another because of its place in the cache."""
     model.model.compile(dynamic=True)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs load, chat, sessions, all of generate, save and reload, and a training step under other transformers versions, each
-# in a virtual environment of its own that is kept for the next run.
+# Runs load, chat, sessions, all of generate, save and reload, and a training step under other transformers versions,
+# each in a virtual environment of its own that is kept for the next run.
 #
 #   bash tests/compat.sh                    # 4.57.x, 5.0.0 and the newest 5.x
 #   bash tests/compat.sh 4.51.0 '5.*'       # these versions, as pip writes them
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 versions=("$@")
 if [ ${#versions[@]} -eq 0 ]; then versions=('4.57.*' '5.0.0' '5.*'); fi
 environments=${COMPAT_ENVIRONMENTS:-.venv-compat}
-tests=${TESTS:-tests/test_compatibility.py tests/test_reference_parity.py tests/test_chat.py tests/test_generation.py}
+tests=${TESTS:-$(echo tests/test_{compatibility,reference_parity,chat,generation}.py)}
 failed=()
 
 for version in "${versions[@]}"; do

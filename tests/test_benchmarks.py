@@ -113,7 +113,7 @@ def test_profiles_of_every_case(tiny_benchmark, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "CONTEXT", 8)
     compiled = []
     monkeypatch.setattr(run, "compile_encoder", compiled.append)
-    monkeypatch.setattr(run, "compile_decoder_layers", compiled.append)
+    monkeypatch.setattr(run, "compile_prefill", compiled.append)
     decoders = []
     monkeypatch.setattr(torch, "compile", lambda model, **settings: decoders.append(settings) or model)
     assert kernels.main(["--device", "cpu"]) == 0

@@ -460,6 +460,8 @@ def test_the_cache_goes_by_either_name():
         new = part(ids[:, 6:], cache=caches[1])
         assert torch.equal(old[0], new[0]) and new.past_key_values is caches[1]
         assert caches[1].get_seq_length() == 9
+        with refused("two names of one thing"):
+            part(ids[:, 6:], past_key_values=caches[0], cache=caches[1])
 
 
 def test_visual_token_mask_without_a_cache():
