@@ -220,8 +220,8 @@ def segment_attention_eager(query: Tensor, key: Tensor, value: Tensor, segments:
 def segment_attention_sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
     """As `segment_attention_eager`, by torch's scaled_dot_product_attention over each run of equal-length segments."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, scale=scaling)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # a CPU reads a head's keys and values faster in one stretch
+        return F.scaled_dot_product_attention(q, k.contiguous(), v.contiguous(), scale=scaling)
 
     with sdpa_kernels(query):
         return _attend_by_run(attend, query, key, value, segments)

@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    bench = run.Bench(run.SIZES[options.size](), device, dtype, ROUNDS, matmul_rate=1.0, bandwidth=1.0)
+    bench = run.Bench(run.SIZES[options.size](), device, dtype, ROUNDS)
     print(HEADER)
     with torch.no_grad():
         for case in options.case or CASES:

@@ -5,7 +5,8 @@ a time implied by these counts is a floor, not a forecast.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,29 +15,40 @@ from navil_modules import configuration
 from .timing import seconds
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of one large matrix product; the best of several sizes' medians."""
+@dataclass(frozen=True)
+class Yardstick:
+    """Work of a known amount (operations or bytes) that a machine does as fast as it can."""
+
+    amount: float
+    work: Callable[[], object]
+
+    def rate(self, device: torch.device) -> float:
+        """Amount per second, the median of several runs."""
+        self.work()
+        return self.amount / statistics.median(seconds(self.work, device) for _ in range(5))
+
+
+def products(device: torch.device, dtype: torch.dtype) -> Yardstick:
+    """Operations of large matrix products, of the size that runs at the higher rate."""
     sizes = (4096, 8192) if device.type == "cuda" else (1024, 2048)
-    return max(_matmul_rate(size, device, dtype) for size in sizes)
+    return max((_products(size, device, dtype) for size in sizes), key=lambda yardstick: yardstick.rate(device))
 
 
-def _matmul_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
+def _products(size: int, device: torch.device, dtype: torch.dtype) -> Yardstick:
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    repeats = max(1, int(2e10 / size**3) if device.type == "cpu" else 20)
+    repeats = max(1, round((2e13 if device.type == "cuda" else 5e10) / (2 * size**3)))
 
     def work() -> None:
         for _ in range(repeats):
             a @ b
 
-    work()
-    return 2 * size**3 * repeats / statistics.median(seconds(work, device) for _ in range(5))
+    return Yardstick(2 * size**3 * repeats, work)
 
 
-def memory_bandwidth(device: torch.device) -> float:
-    """Bytes per second at which memory is read, by the dot product of two vectors far larger than any cache."""
+def reads(device: torch.device) -> Yardstick:
+    """Bytes read by the dot product of two vectors far larger than any cache."""
     x, y = torch.ones(2, 2**28 // (1 if device.type == "cuda" else 2), device=device)
-    x @ y
-    return 2 * x.nbytes / statistics.median(seconds(lambda: x @ y, device) for _ in range(7))
+    return Yardstick(2 * x.nbytes, lambda: x @ y)
 
 
 def vision_operations(config: configuration.NaViLConfig, grids: Sequence[Sequence[int]]) -> float:

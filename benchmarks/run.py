@@ -4,12 +4,14 @@
     python -m benchmarks.run --device cuda --dtype bfloat16 --size 2b
 
 Random weights: nothing here depends on their values. Everything that is compared runs in turns in one process. A row's
-`floor` is the time implied by the operations it needs (its bytes, for decoding) at the rate measured on this machine.
+`floor` is the time implied by the operations it needs (its bytes, for decoding) at the rate of a large matrix product
+(of a read of memory), which takes its turns with the rest.
 """
 
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -17,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +79,7 @@ class Row:
     seconds: float
     speedups: dict[str, float]
     floor: float | None = None
-
-    @property
-    def share_of_limit(self) -> float | None:
-        return None if self.floor is None else self.floor / self.seconds
+    share_of_limit: float | None = None
 
 
 @dataclass
@@ -91,9 +90,15 @@ class Bench:
     device: torch.device
     dtype: torch.dtype
     rounds: int
-    matmul_rate: float
-    bandwidth: float
     compiles: bool = False
+
+    @cached_property
+    def products(self) -> limits.Yardstick:
+        return limits.products(self.device, self.dtype)
+
+    @cached_property
+    def reads(self) -> limits.Yardstick:
+        return limits.reads(self.device)
 
     def build(self, model_class: type, config: Any) -> torch.nn.Module:
         return baselines.on_device(lambda: model_class._from_config(config, torch_dtype=self.dtype), self.device)
@@ -104,13 +109,26 @@ class Bench:
         case: str,
         ours: Callable[[], Any],
         others: dict[str, Callable[[], Any]],
-        floor: float | None = None,
+        operations: float = 0,
+        bytes_read: float = 0,
         repeats: int = 1,
     ) -> Row:
-        """`floor` is that of one of the `repeats` that every call makes."""
-        times = alternate({"navil": ours} | others, self.rounds, self.device)
-        speedups = {name: median_ratio(times[name], times["navil"]) for name in others}
-        return Row(part, case, statistics.median(times["navil"]) / repeats, speedups, floor)
+        """`operations` and `bytes_read` are what one of the `repeats` that every call makes needs at least."""
+        needs = {"products": operations, "reads": bytes_read}
+        yardsticks = {name: getattr(self, name) for name, amount in needs.items() if amount}
+        contestants = {"navil": ours} | others | {name: yardstick.work for name, yardstick in yardsticks.items()}
+        times = alternate(contestants, self.rounds, self.device)
+        seconds = statistics.median(times["navil"]) / repeats
+        row = Row(part, case, seconds, {name: median_ratio(times[name], times["navil"]) for name in others})
+        if yardsticks:
+            implied = (
+                [needs[name] / yardstick.amount * elapsed for elapsed in times[name]]
+                for name, yardstick in yardsticks.items()
+            )
+            floors = [max(floor) for floor in zip(*implied, strict=True)]
+            row.floor = statistics.median(floors)
+            row.share_of_limit = repeats * median_ratio(floors, times["navil"])
+        return row
 
     def image_processor(self) -> Any:
         area = self.config.vision_config.patch_size**2
@@ -173,9 +191,9 @@ def vision_rows(bench: Bench, cases: Sequence[tuple[int, tuple[int, int]]]) -> I
             others = {"not compiled": within(not_compiled, ours)}
         else:
             others = vision_baselines(ours, partial(qwen, patches, grids), len(patches))
-        floor = limits.vision_operations(bench.config, grids.tolist()) / bench.matmul_rate
+        operations = limits.vision_operations(bench.config, grids.tolist())
         case = f"{count} x {size[0]}x{size[1]}, {len(patches)} patches{', compiled' * bench.compiles}"
-        yield bench.row("vision", case, ours, others, floor)
+        yield bench.row("vision", case, ours, others, operations)
 
 
 def vision_baselines(
@@ -213,9 +231,8 @@ def prefill_rows(bench: Bench, lengths: Sequence[int]) -> Iterator[Row]:
         else:
             both_experts = within(baselines.both_experts, mixed)
             others = {"both experts": both_experts, "Qwen3ForCausalLM": partial(llm, ids, logits_to_keep=1)}
-        floor = limits.prefill_operations(config, length) / bench.matmul_rate
         case = f"{length} tokens, three in four visual{', compiled' * bench.compiles}"
-        yield bench.row("prefill", case, mixed, others, floor)
+        yield bench.row("prefill", case, mixed, others, limits.prefill_operations(config, length))
 
 
 def mixed_tokens(bench: Bench, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,12 +259,10 @@ def decode_rows(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
                     if is_compiled:
                         decoder = compile_decoder(decoder, options.tune)
                     steps[name] = decode_step(bench, decoder, config, kind, batch, context)
-                floor = max(
-                    limits.decode_bytes(config, batch, context, bench.dtype) / bench.bandwidth,
-                    limits.decode_operations(config, batch, context) / bench.matmul_rate,
-                )
+                operations = limits.decode_operations(config, batch, context)
+                bytes_read = limits.decode_bytes(config, batch, context, bench.dtype)
                 case = f"batch {batch}, context {context}, {kind} cache{compiled * is_compiled}"
-                yield bench.row("decode", case, steps.pop("navil"), steps, floor, repeats)
+                yield bench.row("decode", case, steps.pop("navil"), steps, operations, bytes_read, repeats)
                 del steps
                 release(bench.device)
 
@@ -355,8 +370,10 @@ def release(device: torch.device) -> None:
 def circumstances(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     name = cpu_name() if bench.device.type == "cpu" else torch.cuda.get_device_name(bench.device)
+    allocator = os.environ.get("GLIBC_TUNABLES")
     return {
-        "command": "python -m benchmarks.run " + " ".join(options.arguments),
+        "command": f"{f'GLIBC_TUNABLES={allocator} ' if allocator else ''}python -m benchmarks.run "
+        + " ".join(options.arguments),
         "hardware": f"{name}, {torch.get_num_threads()} threads" if bench.device.type == "cpu" else name,
         "commit": commit.stdout.strip() or "unknown",
         "torch": torch.__version__,
@@ -364,8 +381,8 @@ def circumstances(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         "size": options.size,
         "dtype": str(bench.dtype).removeprefix("torch."),
         "rounds": bench.rounds,
-        "matmul, 1e9 operations/s": bench.matmul_rate / 1e9,
-        "memory, 1e9 bytes/s": bench.bandwidth / 1e9,
+        "matmul, 1e9 operations/s": bench.products.rate(bench.device) / 1e9,
+        "memory, 1e9 bytes/s": bench.reads.rate(bench.device) / 1e9,
     }
 
 
@@ -438,8 +455,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device=device,
         dtype=dtype,
         rounds=options.rounds,
-        matmul_rate=limits.matmul_rate(device, dtype),
-        bandwidth=limits.memory_bandwidth(device),
         compiles=options.compile,
     )
     rows = []

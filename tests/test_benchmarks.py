@@ -40,8 +40,9 @@ def tiny_benchmark(monkeypatch):
     monkeypatch.setitem(run.SIZES, "small", tiny_config)
     monkeypatch.setattr(run, "PHOTO_SIZES", ((64, 48),))
     monkeypatch.setattr(run, "VISION_CASES", ((1, (64, 48)), (2, (64, 48))))
-    monkeypatch.setattr(limits, "matmul_rate", lambda *_: 1e9)
-    monkeypatch.setattr(limits, "memory_bandwidth", lambda *_: 1e9)
+    quick = limits.Yardstick(1e6, lambda: torch.ones(64) @ torch.ones(64))
+    monkeypatch.setattr(limits, "products", lambda *_: quick)
+    monkeypatch.setattr(limits, "reads", lambda *_: quick)
 
 
 @torch.no_grad()
@@ -78,6 +79,18 @@ def test_counted_operations_are_those_of_the_matrices():
     assert limits.prefill_operations(text, 10) == 2 * (10 * weights + head) + attention
 
 
+def test_shares_of_the_limit_are_taken_round_by_round(monkeypatch):
+    bench = run.Bench(tiny_config(), CPU, torch.float32, rounds=3)
+    bench.products = limits.Yardstick(10, lambda: None)
+    bench.reads = limits.Yardstick(100, lambda: None)
+    times = {"navil": [8.0, 4.0, 16.0], "other": [8.0, 8.0, 8.0], "products": [1.0, 1.0, 2.0], "reads": [1.0, 4.0, 1.0]}
+    monkeypatch.setattr(run, "alternate", lambda contestants, *_: {name: times[name] for name in contestants})
+    row = bench.row("part", "case", print, {"other": print}, operations=20, repeats=2)
+    assert (row.seconds, row.speedups, row.floor, row.share_of_limit) == (4, {"other": 1}, 2, 0.5)
+    row = bench.row("part", "case", print, {}, operations=20, bytes_read=100)  # floors of 2, 4 and 4
+    assert (row.seconds, row.floor, row.share_of_limit) == (8, 4, 0.25)
+
+
 def test_every_part_runs_and_reports(tiny_benchmark, tmp_path):
     lengths = ["--lengths", "16", "--batches", "2", "--contexts", "16"]
     assert run.main(["--device", "cpu", "--rounds", "1", *lengths, "--output", str(tmp_path / "result")]) == 0
@@ -85,6 +98,8 @@ def test_every_part_runs_and_reports(tiny_benchmark, tmp_path):
     assert {row["part"] for row in report["rows"]} == set(run.PARTS)
     assert all(row["seconds"] > 0 and all(x > 0 for x in row["speedups"].values()) for row in report["rows"])
     assert {"command", "hardware", "commit", "torch", "transformers"} <= set(report)
+    limited = {row["part"] for row in report["rows"] if row["share_of_limit"] and row["floor"]}
+    assert limited == {"vision", "prefill", "decode"}
     table = (tmp_path / "result.md").read_text()
     assert all(f"| {part} |" in table for part in run.PARTS)
 
