@@ -1019,9 +1019,8 @@ class TextCandidates(CandidateGenerator):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.generator, name)  # `generate` looks at an assistant's settings
 
-    def get_candidates(
-        self, input_ids: Tensor, *args: Any
-    ) -> tuple[Tensor, Tensor | None]:  # transformers 5.0 has more
+    # `args` is what transformers 5 passes besides.
+    def get_candidates(self, input_ids: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
         candidates, logits = self.generator.get_candidates(input_ids, *args)
         # One sequence, as in all of assisted decoding.
         is_text = candidates[0, input_ids.shape[1] :] != self.image_token_id

@@ -121,11 +121,10 @@ class Bench:
         seconds = statistics.median(times["navil"]) / repeats
         row = Row(part, case, seconds, {name: median_ratio(times[name], times["navil"]) for name in others})
         if yardsticks:
-            implied = (
-                [needs[name] / yardstick.amount * elapsed for elapsed in times[name]]
-                for name, yardstick in yardsticks.items()
-            )
-            floors = [max(floor) for floor in zip(*implied, strict=True)]
+            floors = [
+                max(needs[name] / yardstick.amount * times[name][number] for name, yardstick in yardsticks.items())
+                for number in range(self.rounds)
+            ]
             row.floor = statistics.median(floors)
             row.share_of_limit = repeats * median_ratio(floors, times["navil"])
         return row
