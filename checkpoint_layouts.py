@@ -290,7 +290,7 @@ def vision_rules(config: Any) -> Iterator[Rule]:
     width, mlp_width = config.hidden_size, config.intermediate_size
     patch_shape = (width, 3, config.patch_size, config.patch_size)
     source = "vision_model.embeddings.patch_embedding"
-    target = "vision_model.patch_embedding"
+    target = "model.vision_model.patch_embedding"
     yield Rule(f"{target}.weight", {f"{source}.weight": patch_shape}, lambda kernel: kernel.flatten(1))
     yield Rule(f"{target}.bias", {f"{source}.bias": (width,)}, keep)
     shapes = {
@@ -312,17 +312,16 @@ def vision_rules(config: Any) -> Iterator[Rule]:
         shapes["attn.qkv.bias"] = (3 * width,)
     for layer in range(config.num_hidden_layers):
         for name, shape in shapes.items():
-            yield Rule(
-                f"vision_model.blocks.{layer}.{name}", {f"vision_model.encoder.layers.{layer}.{name}": shape}, keep
-            )
+            source = f"vision_model.encoder.layers.{layer}.{name}"
+            yield Rule(f"model.vision_model.blocks.{layer}.{name}", {source: shape}, keep)
 
 
 def connector_rules(config: Any) -> Iterator[Rule]:
     merged, width = config.vision_config.merged_dim, config.text_config.hidden_size
     for source, target, shape in (
-        ("mlp1.0", "connector.norm", (merged,)),
-        ("mlp1.1", "connector.fc1", (width, merged)),
-        ("mlp1.3", "connector.fc2", (width, width)),
+        ("mlp1.0", "model.connector.norm", (merged,)),
+        ("mlp1.1", "model.connector.fc1", (width, merged)),
+        ("mlp1.3", "model.connector.fc2", (width, width)),
     ):
         yield Rule(f"{target}.weight", {f"{source}.weight": shape}, keep)
         yield Rule(f"{target}.bias", {f"{source}.bias": shape[:1]}, keep)
@@ -330,7 +329,7 @@ def connector_rules(config: Any) -> Iterator[Rule]:
 
 def llama_layer_rules(config: Any, layer: int, biases: Collection[str]) -> Iterator[Rule]:
     """Of the layout that Llama, Qwen2 and Qwen3 share."""
-    source, target = f"language_model.model.layers.{layer}", f"language_model.model.layers.{layer}"
+    source, target = f"language_model.model.layers.{layer}", f"model.language_model.layers.{layer}"
     width, head_dim = config.hidden_size, config.head_dim
     query_dim, key_dim = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     projections = {
@@ -354,7 +353,7 @@ def llama_layer_rules(config: Any, layer: int, biases: Collection[str]) -> Itera
 
 
 def internlm2_layer_rules(config: Any, layer: int, biases: Collection[str]) -> Iterator[Rule]:
-    source, target = f"language_model.model.layers.{layer}", f"language_model.model.layers.{layer}"
+    source, target = f"language_model.model.layers.{layer}", f"model.language_model.layers.{layer}"
     width = config.hidden_size
     query_dim, key_dim = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     packed_dim = query_dim + 2 * key_dim
@@ -438,9 +437,9 @@ def embedding_rules(config: Any, embedding: str, head: str, special_ids: Sequenc
         return weight.index_copy(0, torch.tensor(special_ids, device=weight.device), rows.to(weight.dtype))
 
     special = {SPECIAL_ROWS: (len(tokenization.IMAGE_TOKENS), config.hidden_size)}
-    yield Rule("language_model.model.embed_tokens.weight", {embedding: table} | special, write_rows)
+    yield Rule("model.language_model.embed_tokens.weight", {embedding: table} | special, write_rows)
     if not config.tie_word_embeddings:
-        yield Rule("language_model.lm_head.weight", {head: table}, keep)
+        yield Rule("lm_head.weight", {head: table}, keep)
 
 
 def official_rules(
@@ -460,9 +459,8 @@ def official_rules(
     rules += embedding_rules(text, embedding, head, special_ids)
     for layer in range(text.num_hidden_layers):
         rules += LAYER_RULES[backbone](text, layer, biases)
-    rules.append(
-        Rule("language_model.model.norm.weight", {"language_model.model.norm.weight": (text.hidden_size,)}, keep)
-    )
+    norm = {"language_model.model.norm.weight": (text.hidden_size,)}
+    rules.append(Rule("model.language_model.norm.weight", norm, keep))
     return rules
 
 
@@ -511,9 +509,9 @@ def llm_rules(
     text = config.text_config
     rules = [*fresh_rules(config, seed)]
     table = (rows, text.hidden_size)
-    rules.append(Rule("language_model.model.embed_tokens.weight", {embedding: table}, grow_table(text.vocab_size)))
+    rules.append(Rule("model.language_model.embed_tokens.weight", {embedding: table}, grow_table(text.vocab_size)))
     if not text.tie_word_embeddings:
-        rules.append(Rule("language_model.lm_head.weight", {head: table}, grow_table(text.vocab_size)))
+        rules.append(Rule("lm_head.weight", {head: table}, grow_table(text.vocab_size)))
     for layer in range(text.num_hidden_layers):
         for rule in LAYER_RULES[architecture](text, layer, biases):
             if ".visual." in rule.target:
@@ -522,7 +520,7 @@ def llm_rules(
             rules.append(Rule(rule.target, sources, rule.convert))
             if ".text." in rule.target:
                 rules.append(Rule(rule.target.replace(".text.", ".visual."), sources, rule.convert))
-    rules.append(Rule("language_model.model.norm.weight", {"model.norm.weight": (text.hidden_size,)}, keep))
+    rules.append(Rule("model.language_model.norm.weight", {"model.norm.weight": (text.hidden_size,)}, keep))
     return rules
 
 
@@ -543,8 +541,8 @@ def fresh_rules(config: Any, seed: int) -> Iterator[Rule]:
     with torch.device("meta"):
         model = modeling.NaViLForConditionalGeneration(config)
     for part, initialise in (
-        ("vision_model", model.vision_model._init_weights),
-        ("connector", model._init_weights),
+        ("model.vision_model", model.vision_model._init_weights),
+        ("model.connector", model._init_weights),
     ):
         for name, parameter in model.get_submodule(part).named_parameters(prefix=part):
             yield Rule(name, {}, fresh_tensor(model, name, parameter.shape, initialise, seed))
@@ -646,22 +644,22 @@ def export_rules(config: Any, special_ids: Sequence[int], dtype: torch.dtype) ->
         if rule.convert is keep
     ]
     pixels = (3, vision.patch_size, vision.patch_size)
-    patch_embedding = {"vision_model.patch_embedding.weight": (vision.hidden_size, vision.patch_dim)}
+    patch_embedding = {"model.vision_model.patch_embedding.weight": (vision.hidden_size, vision.patch_dim)}
     name = "vision_model.embeddings.patch_embedding.weight"
     rules.append(Rule(name, patch_embedding, lambda weight: weight.unflatten(1, pixels)))
-    table = {"language_model.model.embed_tokens.weight": (text.vocab_size, text.hidden_size)}
+    table = {"model.language_model.embed_tokens.weight": (text.vocab_size, text.hidden_size)}
     rules.append(Rule(embedding, table, keep))
     rules.append(Rule(SPECIAL_ROWS, table, lambda weight: weight[list(special_ids)]))
     for layer in range(text.num_hidden_layers):
         prefix = f"language_model.model.layers.{layer}"
         if backbone == "internlm2":
-            rules += internlm2_export_rules(text, prefix, dtype)
+            rules += internlm2_export_rules(text, prefix, f"model.language_model.layers.{layer}", dtype)
         if text.attention_bias != text.attention_output_bias:
             rules += absent_bias_rules(text, prefix, modules)
     return rules
 
 
-def internlm2_export_rules(text: Any, prefix: str, dtype: torch.dtype) -> Iterator[Rule]:
+def internlm2_export_rules(text: Any, prefix: str, source: str, dtype: torch.dtype) -> Iterator[Rule]:
     width, groups = text.hidden_size, text.num_attention_heads // text.num_key_value_heads
     heads = {"q_proj": (groups, text.num_attention_heads), "k_proj": (1, text.num_key_value_heads)}
     heads["v_proj"] = heads["k_proj"]
@@ -677,12 +675,12 @@ def internlm2_export_rules(text: Any, prefix: str, dtype: torch.dtype) -> Iterat
         for kind, columns in (("weight", (width,)), ("bias", ())):
             if kind == "weight" or text.attention_bias:
                 sources = {
-                    f"{prefix}.self_attn.{modality}.{name}.{kind}": (count * text.head_dim, *columns)
+                    f"{source}.self_attn.{modality}.{name}.{kind}": (count * text.head_dim, *columns)
                     for name, (_, count) in heads.items()
                 }
                 yield Rule(f"{prefix}.attention.wqkv{suffix}.{kind}", sources, pack)
 
-    outputs = [f"{prefix}.self_attn.{modality}.o_proj" for modality in ("visual", "text")]
+    outputs = [f"{source}.self_attn.{modality}.o_proj" for modality in ("visual", "text")]
     weights = {f"{output}.weight": (width, width) for output in outputs}
     target = f"{prefix}.attention.wo_ve"
 
@@ -768,9 +766,9 @@ def count_parameters(rules: Sequence[Rule]) -> dict[str, int]:
 
 
 def part_of(name: str) -> str:
-    if name.startswith("vision_model."):
+    if name.startswith("model.vision_model."):
         return "vision encoder"
-    if name.startswith("connector."):
+    if name.startswith("model.connector."):
         return "connector"
     if "embed_tokens" in name or "lm_head" in name:
         return "embeddings"

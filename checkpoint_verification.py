@@ -84,7 +84,7 @@ def check_tensors(config: Any, model: torch.nn.Module, tensors: Tensors) -> Iter
     """Names, shapes and dtypes from the headers; every number from the data."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
-        expected.pop("language_model.lm_head.weight")
+        expected.pop("lm_head.weight")
     yield finding("names", f"{len(expected)} tensors", missing=expected.keys() - tensors.shapes.keys())
     yield finding("no others", "", unknown=tensors.shapes.keys() - expected.keys())
     shared = expected.keys() & tensors.shapes.keys()
@@ -287,7 +287,7 @@ def load_llm(conversion: Conversion) -> torch.nn.Module:
         names += ("attention_bias", "tie_word_embeddings")
         config = LlamaConfig(**{name: getattr(text, name) for name in names})
         state = {
-            name.removeprefix("language_model.").replace(".text.", "."): make()
+            name.replace("model.language_model.", "model.").replace(".text.", "."): make()
             for name, make in targets(conversion).items()
             if ".visual." not in name
         }

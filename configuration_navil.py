@@ -7,7 +7,6 @@ Sizes are counted in these units throughout the package:
 * merged cell: `spatial_merge_size` x `spatial_merge_size` patches, one visual token of the decoder.
 """
 
-import sys
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
@@ -28,25 +27,6 @@ NORM_TYPES = ("rms_norm", "layer_norm")
 ROPE_SCALING_TYPES = ("default", "linear", "dynamic")
 
 
-def _is_number(value: Any, kind: type = float) -> bool:
-    """A finite number that `kind` can hold; a whole number counts as a float too."""
-    return isinstance(value, int | kind) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _require_positive(config: PretrainedConfig, kind: type, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not _is_number(value, kind) or value <= 0:
-            raise ValueError(f"{type(config).__name__}.{name} must be a positive {kind.__name__}, got {value!r:.80}")
-
-
-def _require_bool(config: PretrainedConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, bool):
-            raise ValueError(f"{type(config).__name__}.{name} must be true or false, got {value!r:.80}")
-
-
 def _require_divisible(config: PretrainedConfig, name: str, divisor_name: str, divisor: int) -> None:
     value = getattr(config, name)
     if value % divisor:
@@ -55,19 +35,11 @@ def _require_divisible(config: PretrainedConfig, name: str, divisor_name: str, d
         )
 
 
-def _reject_derived(config: PretrainedConfig, settings: dict[str, Any]) -> None:
-    for name, value in settings.items():
-        derived = getattr(type(config), name, None)
-        if isinstance(derived, property) and derived.fset is None:
-            raise ValueError(f"{type(config).__name__}.{name} follows from other settings, got {value!r:.80} for it")
-
-
 class _NaViLPartConfig(PretrainedConfig):
     def __init__(self, **kwargs: Any):
         # transformers 4.51 saves that a nested config's attention was chosen, but not the choice, and would fall back
         # to eager attention on reload.
         kwargs.pop("_attn_implementation_autoset", None)
-        _reject_derived(self, kwargs)
         super().__init__(**kwargs)
 
 
@@ -136,16 +108,6 @@ class NaViLVisionConfig(_NaViLPartConfig):
         self._validate()
 
     def _validate(self) -> None:
-        _require_positive(
-            self,
-            int,
-            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size"),
-            *("spatial_merge_size", "window_size"),
-        )
-        _require_positive(self, float, "layer_norm_eps", "rope_theta", "initializer_range")
-        _require_bool(self, "qkv_bias")
-        if not _is_number(self.layer_scale_init):
-            raise ValueError(f"layer_scale_init must be a number, got {self.layer_scale_init!r:.80}")
         _require_divisible(self, "hidden_size", "4 * num_attention_heads", 4 * self.num_attention_heads)
         _require_divisible(self, "window_size", "spatial_merge_size", self.spatial_merge_size)
         if self.norm_type not in NORM_TYPES:
@@ -154,9 +116,7 @@ class NaViLVisionConfig(_NaViLPartConfig):
             raise ValueError(
                 f"visual_token_order must be one of {VISUAL_TOKEN_ORDERS}, got {self.visual_token_order!r}"
             )
-        blocks = [] if self.fullatt_block_indexes is None else self.fullatt_block_indexes
-        if not isinstance(blocks, list | tuple) or not all(_is_number(block, int) for block in blocks):
-            raise ValueError(f"fullatt_block_indexes must be a list of whole numbers, got {blocks!r:.80}")
+        blocks = self.fullatt_block_indexes or []
         outside = [block for block in blocks if not 0 <= block < self.num_hidden_layers]
         if outside:
             raise ValueError(f"fullatt_block_indexes {outside} lie outside the {self.num_hidden_layers} blocks")
@@ -248,7 +208,6 @@ class NaViLTextConfig(_NaViLPartConfig):
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
         if head_dim is None:
-            _require_positive(self, int, "hidden_size", "num_attention_heads")
             _require_divisible(self, "hidden_size", "num_attention_heads", num_attention_heads)
             head_dim = hidden_size // num_attention_heads
         self.head_dim = head_dim
@@ -265,27 +224,13 @@ class NaViLTextConfig(_NaViLPartConfig):
         self._validate()
 
     def _validate(self) -> None:
-        _require_positive(
-            self,
-            int,
-            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-            *("num_key_value_heads", "head_dim", "max_position_embeddings"),
-        )
-        _require_positive(self, float, "rms_norm_eps", "rope_theta", "initializer_range")
-        _require_bool(self, "qk_norm", "attention_bias", "attention_output_bias", "use_cache", "tie_word_embeddings")
-        if not _is_number(self.attention_dropout) or not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"attention_dropout must lie in [0, 1), got {self.attention_dropout!r:.80}")
         _require_divisible(self, "num_attention_heads", "num_key_value_heads", self.num_key_value_heads)
         _require_divisible(self, "head_dim", "2", 2)
-        if self.rope_scaling is None:
-            return
-        if not isinstance(self.rope_scaling, dict):
-            raise ValueError(f"rope_scaling must be None or a dict, got {self.rope_scaling!r:.80}")
-        if self.rope_type not in ROPE_SCALING_TYPES:
-            raise ValueError(f"rope_scaling type must be one of {ROPE_SCALING_TYPES}, got {self.rope_scaling!r}")
-        factor = self.rope_scaling.get("factor", 1.0)
-        if not _is_number(factor) or factor < 1:
-            raise ValueError(f"rope_scaling factor must be a number of at least 1, got {factor!r:.80}")
+        if self.rope_type not in ROPE_SCALING_TYPES or self.rope_factor < 1:
+            raise ValueError(
+                f"rope_scaling must be None, or a rope_type of {ROPE_SCALING_TYPES} with a factor of at least 1; "
+                f"got {self.rope_scaling!r}"
+            )
 
     @property
     def rope_type(self) -> str:
@@ -331,9 +276,9 @@ class NaViLConfig(PretrainedConfig):
         **kwargs: Any,
     ):
         if not isinstance(vision_config, NaViLVisionConfig):
-            vision_config = NaViLVisionConfig(**_part_settings("vision_config", vision_config, _NAVIL_2B_VISION))
+            vision_config = NaViLVisionConfig(**(vision_config or _NAVIL_2B_VISION))
         if not isinstance(text_config, NaViLTextConfig):
-            text_config = NaViLTextConfig(**_part_settings("text_config", text_config, _NAVIL_2B_TEXT))
+            text_config = NaViLTextConfig(**(text_config or _NAVIL_2B_TEXT))
         self.vision_config = vision_config
         self.text_config = text_config
         self.image_token_id = image_token_id
@@ -341,29 +286,22 @@ class NaViLConfig(PretrainedConfig):
         self.min_dynamic_patch = min_dynamic_patch
         self.max_dynamic_patch = max_dynamic_patch
         self.scale_downsample_ratio = scale_downsample_ratio
-        _reject_derived(self, kwargs)
         kwargs["auto_map"] = dict(AUTO_MAP)
         kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
         super().__init__(**kwargs)
         self._validate()
 
     def _validate(self) -> None:
-        _require_positive(self, int, "min_dynamic_patch", "max_dynamic_patch")
-        _require_positive(self, float, "scale_downsample_ratio")
         if self.min_dynamic_patch > self.max_dynamic_patch:
             raise ValueError(
                 f"min_dynamic_patch {self.min_dynamic_patch} is larger than max_dynamic_patch {self.max_dynamic_patch}"
             )
-        if self.scale_downsample_ratio >= 1:
+        if not 0 < self.scale_downsample_ratio < 1:
             raise ValueError(f"scale_downsample_ratio must lie between 0 and 1, got {self.scale_downsample_ratio}")
         for name in ("image_token_id", "image_start_token_id"):
             token_id = getattr(self, name)
-            if token_id is None:
-                continue
-            if not _is_number(token_id, int):
-                raise ValueError(f"{name} must be a whole number, got {token_id!r:.80}")
-            if not 0 <= token_id < self.text_config.vocab_size:
-                raise ValueError(f"{name} {token_id} lies outside the vocabulary of {self.text_config.vocab_size}")
+            if token_id is not None and not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"{name} {token_id} lies outside the vocabulary of {self.vocab_size}")
 
     @property
     def tie_word_embeddings(self) -> bool:
@@ -373,6 +311,15 @@ class NaViLConfig(PretrainedConfig):
     @tie_word_embeddings.setter
     def tie_word_embeddings(self, value: bool) -> None:
         self.text_config.tie_word_embeddings = value
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table: the text config's setting, here where generation and PEFT look for it."""
+        return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.text_config.vocab_size = value
 
     @property
     def downsample_ratio(self) -> float:
@@ -388,12 +335,6 @@ class NaViLConfig(PretrainedConfig):
     def navil_9b(cls, **overrides: Any) -> "NaViLConfig":
         """NaViL-9B: a 1.2 B encoder and Qwen3-8B (paper, Table 6)."""
         return cls(vision_config=dict(_NAVIL_9B_VISION), text_config=dict(_NAVIL_9B_TEXT), **overrides)
-
-
-def _part_settings(name: str, settings: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    if settings is not None and not isinstance(settings, dict):
-        raise ValueError(f"{name} must be a config, a dict or None, got {settings!r:.80}")
-    return settings or defaults
 
 
 _NAVIL_2B_VISION = {
@@ -439,5 +380,4 @@ _NAVIL_9B_TEXT = {
     "max_position_embeddings": 40960,
 }
 
-NaViLTextConfig.register_for_auto_class()  # the language model can be saved alone
 NaViLConfig.register_for_auto_class()

@@ -27,10 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import CandidateGenerator, GenerationMixin
+from transformers.generation import CandidateGenerator, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.utils import can_return_tuple, is_flash_attn_2_available
 from transformers.utils.quantization_config import BitsAndBytesConfig
@@ -773,7 +776,6 @@ class NaViLTextModel(NaViLPreTrainedModel):
         output_hidden_states: bool | None = None,
         cache_position: Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """As transformers' decoders; `visual_token_mask` (B, L) bool says which tokens the visual experts take.
 
@@ -867,83 +869,6 @@ def default_position_ids(attention_mask: Tensor | None, cache_position: Tensor) 
     return positions[:, cache_position.to(positions.device)]
 
 
-class NaViLForCausalLM(NaViLPreTrainedModel, GenerationMixin):
-    """The decoder with its output head: NaViL's language model, also usable alone on text."""
-
-    config_class = NaViLTextConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: NaViLTextConfig):
-        super().__init__(config)
-        self.model = NaViLTextModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
-    def get_decoder(self) -> nn.Module:
-        return self.model
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        visual_token_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        loss_weight: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        cache_position: Tensor | None = None,
-        cache: Cache | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: int | Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """As transformers' causal LMs, plus `visual_token_mask` and `loss_weight` (see `next_token_loss`)."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            visual_token_mask=visual_token_mask,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            cache_position=cache_position,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            if logits.shape[:2] != labels.shape:
-                raise ValueError(f"labels are {tuple(labels.shape)} but logits cover {tuple(logits.shape[:2])}")
-            loss = next_token_loss(logits, labels, loss_weight, num_items_in_batch)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
 def next_token_loss(
     logits: Tensor, labels: Tensor, loss_weight: Tensor | None = None, num_items: int | Tensor | None = None
 ) -> Tensor:
@@ -1033,16 +958,137 @@ class TextCandidates(CandidateGenerator):
         self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
 
-class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationMixin):
-    """NaViL: vision encoder, connector and language model, with `generate` and `chat`."""
-
-    _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+class NaViLModel(NaViLPreTrainedModel):
+    """Vision encoder, connector and decoder, without the output head."""
 
     def __init__(self, config: NaViLConfig):
         super().__init__(config)
         self.vision_model = NaViLVisionModel(config.vision_config)
         self.connector = NaViLConnector(config)
-        self.language_model = NaViLForCausalLM(config.text_config)
+        self.language_model = NaViLTextModel(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """Visual tokens of packed patches.
+
+        Args:
+            pixel_values: (N, 3*p*p) or (N, 3, p, p).
+            image_grid_thw: (S, 3) frames, rows and columns of each scale, in patches.
+
+        Returns:
+            (V, D), in the order in which `<IMG_CONTEXT>` slots take them.
+
+        Raises:
+            ValueError: patches and grids that do not fit each other.
+        """
+        return self.connector(self.vision_model(pixel_values, image_grid_thw))
+
+    def find_tokens(
+        self, token_id: int | None, input_ids: Tensor | None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """(B, L) bool: where a special token stands; without ids it is recognized by its embedding.
+
+        Raises:
+            ValueError: the config does not know the token.
+        """
+        if token_id is None:
+            raise ValueError(
+                "config.image_token_id and image_start_token_id are not set: call init_special_token_ids(tokenizer)"
+            )
+        if input_ids is not None:
+            return input_ids == token_id
+        embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
+        return (inputs_embeds == embedding).all(-1)
+
+    def get_visual_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """(B, L) bool: the tokens that run on the visual experts when `pixel_values` is given."""
+        config = self.config
+        token_ids = (config.image_token_id, config.image_start_token_id)
+        slots, starts = (self.find_tokens(token_id, input_ids, inputs_embeds) for token_id in token_ids)
+        return slots | starts
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        num_scales: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        visual_token_mask: Tensor | None = None,
+        always_run_vision: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Last hidden state (B, L, D) of images and text; arguments as in `NaViLForConditionalGeneration`.
+
+        Args:
+            always_run_vision: run the vision encoder for a batch without images too, as every training step does.
+            kwargs: arguments of `NaViLTextModel`.
+        """
+        if pixel_values is not None:
+            inputs_embeds, visual_token_mask = self._embed_images(
+                input_ids, pixel_values, image_grid_thw, num_scales, inputs_embeds, visual_token_mask
+            )
+        else:
+            if (input_ids is None) == (inputs_embeds is None):
+                raise ValueError("without pixel_values give exactly one of input_ids and inputs_embeds")
+            inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            if always_run_vision or (self.training and torch.is_grad_enabled()):
+                inputs_embeds = inputs_embeds + self._features_of_no_image(inputs_embeds.device).sum().to(inputs_embeds)
+        return self.language_model(inputs_embeds=inputs_embeds, visual_token_mask=visual_token_mask, **kwargs)
+
+    def _embed_images(
+        self,
+        input_ids: Tensor | None,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor | None,
+        num_scales: Tensor | None,
+        inputs_embeds: Tensor | None,
+        visual_token_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, D) with the visual tokens in their slots, and which tokens are visual; see `forward`."""
+        if image_grid_thw is None or (input_ids is None and inputs_embeds is None):
+            raise ValueError("pixel_values needs image_grid_thw, and input_ids or inputs_embeds")
+        if num_scales is not None and int(num_scales.sum()) != len(image_grid_thw):
+            raise ValueError(
+                f"num_scales adds up to {int(num_scales.sum())} but image_grid_thw has {len(image_grid_thw)} scales"
+            )
+        if visual_token_mask is None:
+            visual_token_mask = self.get_visual_token_mask(input_ids, inputs_embeds)
+        elif input_ids is None:  # virtual tokens of PEFT's prompt tuning stand in front of the masked ones
+            num_virtual = inputs_embeds.shape[1] - visual_token_mask.shape[1]
+            visual_token_mask = F.pad(visual_token_mask, (num_virtual, 0))
+        slots = self.find_tokens(self.config.image_token_id, input_ids, inputs_embeds) & visual_token_mask
+        inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        visual_tokens = self.get_image_features(pixel_values, image_grid_thw)
+        return fill_slots(inputs_embeds, slots, visual_tokens), visual_token_mask
+
+    def _features_of_no_image(self, device: torch.device) -> Tensor:
+        """(0, D) visual tokens, for which a blank cell went through the encoder and the connector.
+
+        With them a batch without images does what one with images does, so that the processes of a distributed run
+        stay in step: FSDP gathers the weights of every block, DDP gets a gradient (of zeros) for every parameter.
+        """
+        merge_size = self.config.vision_config.spatial_merge_size
+        patches = torch.zeros(merge_size**2, self.config.vision_config.patch_dim, device=device)
+        return self.get_image_features(patches, torch.tensor([[1, merge_size, merge_size]]))[:0]
+
+
+class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationMixin):
+    """NaViL with its output head: `generate` and `chat`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: NaViLConfig):
+        super().__init__(config)
+        self.model = NaViLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         patch_pixels = config.vision_config.patch_size**2
         self.image_processor = NaViLImageProcessor(
             patch_size=config.vision_config.patch_size,
@@ -1079,20 +1125,41 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
                 )
         return super().from_pretrained(*args, **kwargs)
 
+    @property
+    def vision_model(self) -> NaViLVisionModel:
+        return self.model.vision_model
+
+    @property
+    def connector(self) -> NaViLConnector:
+        return self.model.connector
+
+    @property
+    def language_model(self) -> NaViLTextModel:
+        """The decoder; its output head is `lm_head`."""
+        return self.model.language_model
+
     def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
+        return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
+        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
+        return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_output_embeddings(value)
+        self.lm_head = value
 
     def get_decoder(self) -> nn.Module:
-        return self.language_model.get_decoder()
+        return self.model.language_model
+
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """As `NaViLModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_grid_thw)
+
+    def get_visual_token_mask(self, input_ids: Tensor) -> Tensor:
+        """As `NaViLModel.get_visual_token_mask`."""
+        return self.model.get_visual_token_mask(input_ids)
 
     def init_special_token_ids(self, tokenizer: Any) -> None:
         """Reads the ids of `<IMG_CONTEXT>` and `<img>` off a tokenizer into the config.
@@ -1102,7 +1169,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         """
         vocabulary = tokenizer.get_vocab()
         token_ids = [vocabulary.get(token) for token in (IMAGE_TOKEN, IMAGE_START_TOKEN)]
-        vocab_size = self.config.text_config.vocab_size
+        vocab_size = self.config.vocab_size
         if any(token_id is None or token_id >= vocab_size for token_id in token_ids):
             raise ValueError(
                 f"{IMAGE_TOKEN} and {IMAGE_START_TOKEN} have ids {token_ids}, the embedding table {vocab_size} rows"
@@ -1133,33 +1200,6 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         super().disable_input_require_grads()
         self.vision_model.disable_input_require_grads()
 
-    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Visual tokens of packed patches.
-
-        Args:
-            pixel_values: (N, 3*p*p) or (N, 3, p, p).
-            image_grid_thw: (S, 3) frames, rows and columns of each scale, in patches.
-
-        Returns:
-            (V, D), in the order in which `<IMG_CONTEXT>` slots take them.
-
-        Raises:
-            ValueError: patches and grids that do not fit each other.
-        """
-        return self.connector(self.vision_model(pixel_values, image_grid_thw))
-
-    def get_visual_token_mask(self, input_ids: Tensor) -> Tensor:
-        """(B, L) bool: the tokens that run on the visual experts in a pass that carries pixels."""
-        return self._slots(input_ids) | (input_ids == self.config.image_start_token_id)
-
-    def _slots(self, input_ids: Tensor) -> Tensor:
-        """(B, L) bool: where visual tokens go."""
-        if self.config.image_token_id is None or self.config.image_start_token_id is None:
-            raise ValueError(
-                "config.image_token_id and image_start_token_id are not set: call init_special_token_ids(tokenizer)"
-            )
-        return input_ids == self.config.image_token_id
-
     @can_return_tuple
     def forward(
         self,
@@ -1177,9 +1217,9 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        cache_position: Tensor | None = None,
         cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass over images and text.
@@ -1188,93 +1228,72 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             pixel_values: (N, 3*p*p) or (N, 3, p, p) patches of all images of the batch.
             image_grid_thw: (S, 3) frames, rows and columns of each scale, in patches.
             num_scales: (images,) how many of the scales belong to each image.
+            inputs_embeds: (B, L, D); with `pixel_values` and without `input_ids`, slots are recognized by their
+                embedding, as PEFT's prompt tuning needs.
             visual_token_mask: (B, L) bool tokens for the visual experts. None means every `<IMG_CONTEXT>` and `<img>`
-                of a pass with `pixel_values`, and no token of one without: `inputs_embeds` that hold visual tokens
+                when `pixel_values` is given, and no token otherwise: `inputs_embeds` that hold visual tokens
                 already need a mask. An `<IMG_CONTEXT>` outside it is no slot.
             labels: (B, L) ids or -100. A position that holds `<IMG_CONTEXT>` learns nothing, whatever comes next; for
                 `Trainer`, which counts labels itself, such labels are -100 already in the processor's `training_batch`.
             loss_weight: (B, L) weights of the labels, see `next_token_loss`; they alone decide then what counts.
+            kwargs: `cache_position`, which transformers passes before 5.24; anything else is a TypeError.
 
         Raises:
             ValueError: another number of `<IMG_CONTEXT>` tokens than of visual tokens (both are named), or inputs
                 that do not fit together.
         """
-        inputs_embeds, visual_token_mask = self._embed_inputs(
-            input_ids, pixel_values, image_grid_thw, num_scales, inputs_embeds, visual_token_mask
-        )
-        is_training_step = labels is not None or (self.training and torch.is_grad_enabled())
-        if pixel_values is None and is_training_step:
-            inputs_embeds = inputs_embeds + self._features_of_no_image(inputs_embeds.device).sum().to(inputs_embeds)
-        if labels is not None and loss_weight is None and pixel_values is not None:
-            predicts_nothing = F.pad(input_ids[:, :-1] == self.config.image_token_id, (1, 0)).to(labels.device)
-            labels = labels.masked_fill(predicts_nothing, IGNORE_INDEX)
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        return self.language_model(
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            num_scales=num_scales,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             cache=cache,
             inputs_embeds=inputs_embeds,
             visual_token_mask=visual_token_mask,
-            labels=labels,
-            loss_weight=loss_weight,
+            always_run_vision=labels is not None,
             use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            cache_position=cache_position,
-            logits_to_keep=logits_to_keep,
+            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+            output_hidden_states=(
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
             **kwargs,
         )
-
-    def _embed_inputs(
-        self,
-        input_ids: Tensor | None,
-        pixel_values: Tensor | None,
-        image_grid_thw: Tensor | None,
-        num_scales: Tensor | None,
-        inputs_embeds: Tensor | None,
-        visual_token_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Embeddings (B, L, D) with the visual tokens in their slots, and which tokens are visual; see `forward`."""
-        if pixel_values is None:
-            if (input_ids is None) == (inputs_embeds is None):
-                raise ValueError("without pixel_values give exactly one of input_ids and inputs_embeds")
-            return self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds, visual_token_mask
-        if input_ids is None or image_grid_thw is None:
-            raise ValueError("pixel_values needs input_ids and image_grid_thw")
-        if num_scales is not None and int(num_scales.sum()) != len(image_grid_thw):
-            raise ValueError(
-                f"num_scales adds up to {int(num_scales.sum())} but image_grid_thw has {len(image_grid_thw)} scales"
-            )
-        if visual_token_mask is None:
-            visual_token_mask = self.get_visual_token_mask(input_ids)
-        slots = self._slots(input_ids) & visual_token_mask
-        inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        return fill_slots(
-            inputs_embeds, slots, self.get_image_features(pixel_values, image_grid_thw)
-        ), visual_token_mask
-
-    def _features_of_no_image(self, device: torch.device) -> Tensor:
-        """(0, D) visual tokens, for which a blank cell went through the encoder and the connector.
-
-        With them a batch without images does what one with images does, so that the processes of a distributed run
-        stay in step: FSDP gathers the weights of every block, DDP gets a gradient (of zeros) for every parameter.
-        """
-        merge_size = self.config.vision_config.spatial_merge_size
-        patches = torch.zeros(merge_size**2, self.config.vision_config.patch_dim, device=device)
-        return self.get_image_features(patches, torch.tensor([[1, merge_size, merge_size]]))[:0]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            if logits.shape[:2] != labels.shape:
+                raise ValueError(f"labels are {tuple(labels.shape)} but logits cover {tuple(logits.shape[:2])}")
+            if loss_weight is None and pixel_values is not None:
+                slots = self.model.find_tokens(self.config.image_token_id, input_ids, inputs_embeds)
+                labels = labels.masked_fill(F.pad(slots[:, :-1], (1, 0)).to(labels.device), IGNORE_INDEX)
+            loss = next_token_loss(logits, labels, loss_weight, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in transformers.
 
         Raises:
-            ValueError: a prompt beyond the context length, with both numbers and a `max_pixels` that would fit.
+            ValueError: a prompt beyond the context length, with both numbers and a `max_pixels` that would fit; or
+                `prefill_chunk_size` with images.
         """
+        settings = self.generation_config if generation_config is None else generation_config
+        chunk_size = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
+        if chunk_size is not None and kwargs.get("pixel_values") is not None:
+            raise ValueError("prefill_chunk_size would split a prompt inside its images: leave it out with images")
         prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((prompt for prompt in prompts if prompt is not None), None)
         if prompt is not None and prompt.shape[1] > self.config.text_config.context_length:
@@ -1285,7 +1304,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             # Of the prompt alone: generated tokens are text, also where a pass without a cache sees them again.
             if kwargs.get("visual_token_mask") is None:
                 kwargs["visual_token_mask"] = self.get_visual_token_mask(prompt)
-        return super().generate(inputs, *args, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _check_context(
         self,
@@ -1333,13 +1352,36 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             # Without a cache the sequence grows past the prompt's mask: generated tokens are text.
             grown = F.pad(visual_token_mask, (0, max(0, input_ids.shape[1] - visual_token_mask.shape[1])))
             inputs["visual_token_mask"] = grown[:, -num_new:]
-        if inputs.get("pixel_values") is not None and num_cached > 0 and not self._has_slots(tokens):
-            for name in VISUAL_INPUTS:  # the cache that came with the prompt holds its images already
-                inputs.pop(name, None)
+        if inputs.get("pixel_values") is not None and num_cached > 0:
+            inputs |= self._images_not_cached(input_ids, num_cached, inputs["pixel_values"], inputs["image_grid_thw"])
         return inputs
 
-    def _has_slots(self, input_ids: Tensor) -> bool:
-        return bool(self._slots(input_ids).any())
+    def _images_not_cached(
+        self, input_ids: Tensor, num_cached: int, pixel_values: Tensor, image_grid_thw: Tensor
+    ) -> dict[str, Tensor | None]:
+        """Of a prompt's images, those whose slots are not in the cache that came with the prompt.
+
+        Images may be given for the whole prompt (B, L) or for what follows its `num_cached` first tokens alone.
+        """
+        slots = self._slots(input_ids)
+        columns = slots.nonzero()[:, 1]  # (V,) of each slot, in the order of the visual tokens
+        if not slots[:, num_cached:].any():
+            return dict.fromkeys(VISUAL_INPUTS)
+        num_patches = image_grid_thw.prod(-1).to(columns.device)
+        num_cells = num_patches // self.config.vision_config.spatial_merge_size**2
+        if int(num_cells.sum()) != len(columns):
+            return {}
+        is_new = columns[num_cells.cumsum(0) - num_cells] >= num_cached  # (S,)
+        is_new_patch = is_new.repeat_interleave(num_patches).to(pixel_values.device)
+        return {
+            "pixel_values": pixel_values[is_new_patch],
+            "image_grid_thw": image_grid_thw[is_new.to(image_grid_thw.device)],
+            "num_scales": None,
+        }
+
+    def _slots(self, input_ids: Tensor) -> Tensor:
+        """(B, L) bool: where visual tokens go."""
+        return self.model.find_tokens(self.config.image_token_id, input_ids)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -1366,7 +1408,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         if expand_size > 1 and packed["pixel_values"] is not None:
             cache = one_cache(model_kwargs.get("past_key_values"), model_kwargs.get("cache"))
             new_tokens = input_ids[:, num_keys(cache) :]
-            if self._has_slots(new_tokens):  # else the cache holds the images already
+            if self._slots(new_tokens).any():  # else the cache holds the images already
                 packed = self._repeat_images(new_tokens, expand_size, **packed)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -1402,8 +1444,9 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         return torch.searchsorted(slots_before, cells_before.to(slots_before.device)).to(image_grid_thw.device)
 
 
-NaViLForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 NaViLForConditionalGeneration.register_for_auto_class("AutoModel")
-# transformers' pipelines look in these two tables for the processor and for the models that they know.
+# transformers' pipelines look in these tables for the processor and for the models that they know; Trainer's label
+# smoothing shifts the labels of those in the second.
 AutoProcessor.register(NaViLConfig, NaViLProcessor, exist_ok=True)
-MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["navil"] = NaViLForConditionalGeneration.__name__
+for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    names["navil"] = NaViLForConditionalGeneration.__name__

@@ -107,7 +107,7 @@ def vision_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
 
 
 def prefill_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
-    model = bench.build(modeling.NaViLForCausalLM, bench.config.text_config)
+    model = bench.build(modeling.NaViLForConditionalGeneration, run.text_only(bench.config))
     ids, visual = run.mixed_tokens(bench, LENGTH)
     work = partial(model, ids, visual_token_mask=visual, logits_to_keep=1)
     yield "prefill", work
@@ -118,7 +118,7 @@ def prefill_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
 def decode_cases(bench: run.Bench) -> Iterator[tuple[str, Work]]:
     config = bench.config.text_config
     builders = {
-        "NaViL": lambda: bench.build(modeling.NaViLForCausalLM, config),
+        "NaViL": lambda: bench.build(modeling.NaViLForConditionalGeneration, run.text_only(bench.config)),
         "Qwen3": lambda: baselines.plain_llm(config, bench.device, bench.dtype),
     }
     for (name, build), tuned in product(builders.items(), (False, True)):

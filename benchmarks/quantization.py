@@ -43,7 +43,8 @@ def load_quantized(folder: Path, scheme: str, group: int) -> nn.Module:
 @torch.no_grad()
 def answer_log_probabilities(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """(labels, vocabulary) of the positions that predict an answer's tokens."""
-    inputs = {name: batch[name] for name in batch if name not in ("labels", "task_index")}
+    targets = ("labels", "loss_weight", "task_index", "cell_labels", "cell_numbers")
+    inputs = {name: batch[name] for name in batch if name not in targets}
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     return logits[data.answer_index(batch["labels"][:, 1:]) >= 0].float().log_softmax(-1)
 

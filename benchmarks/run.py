@@ -215,9 +215,16 @@ def vision_only(config: Any) -> Any:
     return config
 
 
+def text_only(config: Any) -> Any:
+    """The config with a vision encoder of no blocks."""
+    config = configuration.NaViLConfig.from_dict(config.to_dict())
+    config.vision_config.num_hidden_layers = 0
+    return config
+
+
 def prefill_rows(bench: Bench, lengths: Sequence[int]) -> Iterator[Row]:
     config = bench.config.text_config
-    model = bench.build(modeling.NaViLForCausalLM, config)
+    model = bench.build(modeling.NaViLForConditionalGeneration, text_only(bench.config))
     if bench.compiles:
         compile_prefill(model)
     else:
@@ -244,7 +251,7 @@ def mixed_tokens(bench: Bench, length: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def decode_rows(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     config = bench.config.text_config
-    models = {"navil": bench.build(modeling.NaViLForCausalLM, config)}
+    models = {"navil": bench.build(modeling.NaViLForConditionalGeneration, text_only(bench.config))}
     if not options.alone:
         models["Qwen3ForCausalLM"] = baselines.plain_llm(config, bench.device, bench.dtype)
     compiled = ", compiled and tuned" if options.tune else ", compiled"
@@ -349,9 +356,9 @@ def compile_encoder(model: modeling.NaViLForConditionalGeneration) -> None:
         block.compile(dynamic=True)
 
 
-def compile_prefill(model: modeling.NaViLForCausalLM) -> None:
+def compile_prefill(model: modeling.NaViLForConditionalGeneration) -> None:
     """All layers as one graph: compiled one by one, each would be another because of its place in the cache."""
-    model.model.compile(dynamic=True)
+    model.language_model.compile(dynamic=True)
 
 
 not_compiled = partial(torch.compiler.set_stance, "force_eager")

@@ -20,7 +20,7 @@ from torch import nn
 from .blueprint import load
 from .train import DIALS_FILE
 
-LAYER = re.compile(r"(vision_model\.blocks|language_model\.model\.layers)\.(\d+)\.")
+LAYER = re.compile(r"(model\.vision_model\.blocks|model\.language_model\.layers)\.(\d+)\.")
 OUTPUTS = re.compile(r"\.(proj|fc2|o_proj|down_proj)\.")
 
 
@@ -54,7 +54,7 @@ def deepen(model: nn.Module, vision_layers: int, text_layers: int) -> nn.Module:
     for name, weight in weights.items():
         source, is_new = name, False
         if match := LAYER.match(name):
-            of = of_blocks if match[1].startswith("vision") else of_layers
+            of = of_blocks if "vision" in match[1] else of_layers
             index = int(match[2])
             source = LAYER.sub(f"{match[1]}.{of[index]}.", name)
             is_new = index > 0 and of[index] == of[index - 1]

@@ -311,7 +311,7 @@ def choose_trained(model: nn.Module, stage: str) -> None:
         model.set_training_stage("s2" if stage.startswith("s2.") else stage)
         return
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("language_model.") and ".visual." not in name)
+        parameter.requires_grad_(name.startswith(("model.language_model.", "lm_head.")) and ".visual." not in name)
 
 
 def faster_dtype(device: str) -> torch.dtype:
@@ -407,7 +407,7 @@ def run_stage(
         copy_text_experts(model)
     choose_trained(model, name)
     if compiled:
-        for layer in (*model.vision_model.blocks, *model.language_model.model.layers):
+        for layer in (*model.vision_model.blocks, *model.language_model.layers):
             layer.compile(dynamic=True)
     weights = torch.tensor([stage.mix.get(task, 0.0) for task in ALL_TASKS])
     clock = None

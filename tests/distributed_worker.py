@@ -88,7 +88,7 @@ def tensor_parallel(folder: str, inputs: dict[str, torch.Tensor]) -> dict[str, t
 
 def local_rows(model: nn.Module) -> list[int]:
     """Rows of the first layer's query projections, text and visual, that this process holds."""
-    attention = model.language_model.model.layers[0].self_attn
+    attention = model.language_model.layers[0].self_attn
     weights = [expert.q_proj.weight for expert in (attention.text, attention.visual)]
     return [len(weight.to_local() if hasattr(weight, "to_local") else weight) for weight in weights]
 

@@ -156,17 +156,18 @@ def test_tying_survives_saving(recording, tmp_path):
     tied.save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     assert model.config.tie_word_embeddings and model.config.text_config.tie_word_embeddings
-    assert model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
+    assert model.lm_head.weight is model.language_model.embed_tokens.weight
 
 
-def test_language_model_reloads_alone(recording, tmp_path):
-    language_model = recording.model.language_model
-    language_model.save_pretrained(tmp_path)
-    alone = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
-    assert type(alone).__name__ == "NaViLForCausalLM" and alone.config._attn_implementation == "sdpa"
-    ids = recording.inputs("text_only")["input_ids"]
+def test_base_model_gives_the_last_hidden_state_and_reloads_alone(recording, tmp_path):
+    model, inputs = recording.model, recording.inputs("single")
     with torch.no_grad():
-        assert torch.equal(alone(ids).logits, language_model(ids).logits)
+        hidden = model.base_model(**inputs).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), model(**inputs).logits)
+        model.save_pretrained(tmp_path)
+        alone = type(model.base_model).from_pretrained(tmp_path).eval()
+        assert torch.equal(alone(**inputs).last_hidden_state, hidden)
+    assert model.vision_model is model.model.vision_model and model.language_model is model.get_decoder()
 
 
 def test_use_flash_attn_chooses_the_attention(recording, monkeypatch):

@@ -55,9 +55,9 @@ def test_baselines_compute_the_same():
             assert relative_error(model.get_image_features(pixels, grids), features) < 1e-5
     ids, visual = torch.randint(64, (1, 12)), torch.zeros(1, 12, dtype=torch.bool)
     visual[:, 3:9] = True
-    logits = model.language_model(ids, visual_token_mask=visual).logits
+    logits = model(ids, visual_token_mask=visual).logits
     with baselines.both_experts():
-        assert relative_error(model.language_model(ids, visual_token_mask=visual).logits, logits) < 1e-5
+        assert relative_error(model(ids, visual_token_mask=visual).logits, logits) < 1e-5
 
 
 def test_counted_operations_are_those_of_the_matrices():
@@ -70,7 +70,7 @@ def test_counted_operations_are_those_of_the_matrices():
     attention = 2 * 2 * config.vision_config.num_hidden_layers * config.vision_config.hidden_size * patches**2
     assert limits.vision_operations(config, [[1, 4, 6]]) == linear + attention
     text = config.text_config
-    layers = model.language_model.model.layers
+    layers = model.language_model.layers
     weights = sum(p.numel() for name, p in layers.named_parameters() if p.ndim == 2 and ".text." in name)
     head = text.vocab_size * text.hidden_size
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 5 * 3

@@ -28,9 +28,9 @@ LOADING = {
 def assert_weights_are_the_files(model, folder):
     stored = load_file(folder / "model.safetensors")
     loaded = model.state_dict()
-    head = "language_model.lm_head.weight"
+    head = "lm_head.weight"
     if head not in stored:
-        assert loaded[head].data_ptr() == loaded["language_model.model.embed_tokens.weight"].data_ptr()
+        assert loaded[head].data_ptr() == loaded["model.language_model.embed_tokens.weight"].data_ptr()
         loaded.pop(head)
     assert loaded.keys() == stored.keys()
     assert [name for name in stored if not torch.equal(loaded[name], stored[name])] == []
@@ -72,15 +72,15 @@ def test_missing_weights_alone_are_initialised(recording, tmp_path):
     torch.manual_seed(1)
     recording.model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    dropped = [name for name in stored if name.startswith(("connector.", "vision_model.blocks.0."))]
+    dropped = [name for name in stored if name.startswith(("model.connector.", "model.vision_model.blocks.0."))]
     kept = {name: tensor for name, tensor in stored.items() if name not in dropped}
     model = type(recording.model).from_pretrained(None, config=recording.model.config, state_dict=kept)
     loaded = model.state_dict()
     assert [name for name in kept if not torch.equal(loaded[name], kept[name])] == []
-    assert torch.equal(loaded["connector.norm.weight"], torch.ones_like(loaded["connector.norm.weight"]))
-    scale = loaded["vision_model.blocks.0.ls1"]
+    assert torch.equal(loaded["model.connector.norm.weight"], torch.ones_like(loaded["model.connector.norm.weight"]))
+    scale = loaded["model.vision_model.blocks.0.ls1"]
     assert torch.equal(scale, torch.full_like(scale, recording.model.config.vision_config.layer_scale_init))
-    assert loaded["connector.fc1.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    assert loaded["model.connector.fc1.weight"].std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_tokenizer_is_its_file(recording):

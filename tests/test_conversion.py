@@ -195,9 +195,9 @@ def test_tied_checkpoint_stays_tied_when_no_row_is_replaced(tmp_path):
     convert(source, tmp_path / "tied")
     model = AutoModel.from_pretrained(tmp_path / "tied", trust_remote_code=True)
     assert model.config.tie_word_embeddings
-    assert model.language_model.lm_head.weight is model.language_model.model.embed_tokens.weight
+    assert model.lm_head.weight is model.language_model.embed_tokens.weight
     model.language_model.tie_weights()
-    assert "language_model.lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
 
 
 def test_tied_checkpoint_may_store_its_head_if_equal(source, tmp_path, capsys):

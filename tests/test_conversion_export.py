@@ -168,7 +168,7 @@ def edit(folder: Path, section: str | None = None, **changes) -> None:
         ("vision_config", {"rope_theta": 1000.0}, "rope_theta=1000.0"),
         ("text_config", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ("text_config", {"num_attention_heads": 8}, "8 heads of size 16"),
-        ("text_config", {"num_hidden_layers": 4}, "lacks 16 tensors: language_model.model.layers.3"),
+        ("text_config", {"num_hidden_layers": 4}, "lacks 16 tensors: model.language_model.layers.3"),
         (None, {"model_type": "llava"}, "model_type='llava'"),
     ],
 )
@@ -190,7 +190,7 @@ def test_a_chat_template_of_its_own_is_refused(tmp_path, capsys):
 def test_an_output_matrix_that_is_no_product_is_refused(tmp_path, capsys):
     folder = run("official", FIXTURES / "internlm2", tmp_path / "navil")
     tensors = weights(folder)
-    tensors["language_model.model.layers.1.self_attn.text.o_proj.weight"][0] = 0  # no longer invertible
+    tensors["model.language_model.layers.1.self_attn.text.o_proj.weight"][0] = 0  # no longer invertible
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert "cannot express language_model.model.layers.1.attention.wo_ve" in refusal(capsys, folder, tmp_path / "out")
 

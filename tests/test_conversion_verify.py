@@ -78,7 +78,7 @@ def test_internlm2_is_compared_too(tmp_path, capsys):
 
 def test_another_model_is_not_the_source(folder, tmp_path, capsys):
     other = Path(shutil.copytree(folder, tmp_path / "other"))
-    name = "language_model.model.layers.1.mlp.text.down_proj.weight"
+    name = "model.language_model.layers.1.mlp.text.down_proj.weight"
     edit_tensors(other, lambda tensors: tensors.update({name: torch.randn_like(tensors[name])}))
     code, lines = report(capsys, folder, "--against", other)
     assert code == 1
@@ -90,7 +90,7 @@ def test_another_model_is_not_the_source(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [({"hidden_size": 128}, "in the source"), ({"num_hidden_layers": 3}, "missing: language_model.model.layers.2")],
+    [({"hidden_size": 128}, "in the source"), ({"num_hidden_layers": 3}, "missing: model.language_model.layers.2")],
 )
 def test_a_source_of_another_size_is_named(tmp_path, capsys, sizes, message):
     write_llm(tmp_path / "llm", model_type="qwen3", head_dim=16, vocab_size=330)
@@ -100,7 +100,7 @@ def test_a_source_of_another_size_is_named(tmp_path, capsys, sizes, message):
     assert code == 1 and lines["tensors"].startswith("FAILED") and message in lines["tensors"]
 
 
-NAME = "connector.fc1.weight"
+NAME = "model.connector.fc1.weight"
 
 
 def spoil(value: float):

@@ -54,7 +54,7 @@ def test_sdpa_takes_the_varlen_kernel():
 
 
 def test_no_plan_is_made_for_a_new_length(on_cuda):
-    decoder = on_cuda.language_model
+    decoder = on_cuda
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         cache = decoder(torch.ones(1, 37, dtype=torch.long, device="cuda")).past_key_values
         decoder(torch.ones(1, 1, dtype=torch.long, device="cuda"), past_key_values=cache)
@@ -64,10 +64,10 @@ def test_no_plan_is_made_for_a_new_length(on_cuda):
 
 @pytest.mark.parametrize("how", [{"mode": "reduce-overhead"}, {"options": run.TUNED["cuda"]}], ids=["plain", "tuned"])
 def test_compiled_decoding_on_a_static_cache_is_one_graph_without_host_sync(on_cuda, how):
-    decoder = on_cuda.language_model
+    decoder, config = on_cuda, on_cuda.config.text_config
     position = torch.tensor([3], device="cuda")
     inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long, device="cuda"), "position_ids": position[None]}
-    cache = StaticCache(decoder.config, max_batch_size=1, max_cache_len=8, device="cuda", dtype=torch.bfloat16)
+    cache = StaticCache(config, max_batch_size=1, max_cache_len=8, device="cuda", dtype=torch.bfloat16)
     torch._dynamo.reset()
     compiled = torch.compile(decoder, fullgraph=True, **how)
     with torch.no_grad():

@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_offloaded_to_disk(recording, tmp_path, share):
     ).eval()
     placed = model.hf_device_map
     assert set(placed.values()) == {"cpu", "disk"}
-    cut = "vision_model.blocks." if share < 0.5 else "language_model.model.layers."
+    cut = "model.vision_model.blocks." if share < 0.5 else "model.language_model.layers."
     assert {placed[name] for name in placed if name.startswith(cut)} == {"cpu", "disk"}
     assert not any(name.startswith(f"{block}.") for name in placed for block in block_names(model))
     inputs = recording.inputs("single")
@@ -59,12 +59,12 @@ def test_tensor_parallel_plan_covers_every_expert(recording):
     plan = model._tp_plan
     linear = {
         name: fnmatch.filter([name], "*.o_proj") or fnmatch.filter([name], "*.down_proj")
-        for name, module in model.language_model.model.named_modules()
+        for name, module in model.language_model.named_modules()
         if isinstance(module, nn.Linear)
     }
     assert len(linear) == 14 * model.config.text_config.num_hidden_layers
     for name, is_rowwise in linear.items():
-        full_name = f"language_model.model.{name}"
+        full_name = f"model.language_model.{name}"
         styles = [style for pattern, style in plan.items() if fnmatch.fnmatch(full_name, pattern)]
         assert styles == ["rowwise" if is_rowwise else "colwise"], full_name
     assert not any("vision_model" in pattern or "connector" in pattern for pattern in plan)

@@ -25,6 +25,9 @@ VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "n
 IMAGE, START = 8, 10  # ids of <IMG_CONTEXT> and <img>
 
 
+DECODER = "model.language_model."
+
+
 def build(text: dict | None = None, vision: dict | None = None) -> modeling.NaViLForConditionalGeneration:
     """A small model with random weights, norms, scales and biases included."""
     config = NaViLConfig(
@@ -128,7 +131,7 @@ def test_modality_order_round_trip_and_dispatch():
         {"num_key_value_heads": 1},
         {"attention_bias": True},
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}, "max_position_embeddings": 16},
         {"tie_word_embeddings": True},
     ],
     ids=["gqa", "mha", "mqa", "bias", "linear", "dynamic", "tied"],
@@ -147,13 +150,14 @@ def test_text_decoder_equals_a_plain_llm(peer_class, variant):
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.normal_(std=0.2) if parameter.ndim > 1 else parameter.normal_(mean=1.0, std=0.2)
-    model = modeling.NaViLForCausalLM(NaViLTextConfig(**shared, qk_norm=is_qwen3)).eval()
+    model = build({**shared, "qk_norm": is_qwen3})
     weights = {
-        name.replace("self_attn.", "self_attn.text.").replace("mlp.", "mlp.text."): tensor
+        name.replace("self_attn.", "self_attn.text.").replace("mlp.", "mlp.text.").replace("model.", DECODER): tensor
         for name, tensor in peer.state_dict().items()
     }
     loaded = model.load_state_dict(weights, strict=False)
-    assert not loaded.unexpected_keys and all(".visual." in name for name in loaded.missing_keys)
+    assert not loaded.unexpected_keys
+    assert all(".visual." in name for name in loaded.missing_keys if name.startswith(DECODER))
     ids = torch.randint(0, 200, (2, 40))
     with torch.no_grad():
         assert relative_error(model(ids).logits, peer(ids).logits) < 1e-5
@@ -454,7 +458,7 @@ def test_a_prompt_goes_on_from_its_cache():
 def test_the_cache_goes_by_either_name():
     model = build()
     ids = torch.randint(20, 200, (1, 9))
-    for part in (model, model.language_model, model.language_model.model):
+    for part in (model, model.model):
         caches = [part(ids[:, :6]).past_key_values for _ in range(2)]
         old = part(ids[:, 6:], past_key_values=caches[0])
         new = part(ids[:, 6:], cache=caches[1])
@@ -575,7 +579,7 @@ def test_bfloat16_angles_are_computed_in_float32():
     text = {"rope_theta": 1e6, "max_position_embeddings": 32768}
     model = build(text=text).bfloat16()
     positions = torch.tensor([[30001]])
-    cos, sin = model.language_model.model._rotary(positions, torch.float32)
+    cos, sin = model.language_model._rotary(positions, torch.float32)
     exact = 30001 / 1e6 ** (torch.arange(0, 16, 2, dtype=torch.float64) / 16)
     assert torch.allclose(cos[0, 0, 0].double(), exact.cos(), atol=4e-3)
     assert torch.allclose(sin[0, 0, 0].double(), exact.sin(), atol=4e-3)
@@ -583,8 +587,8 @@ def test_bfloat16_angles_are_computed_in_float32():
 
 
 def test_sequences_beyond_the_context_are_rescaled_one_by_one():
-    model = build(text={"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16})
-    decoder = model.language_model.model
+    model = build(text={"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}, "max_position_embeddings": 16})
+    decoder = model.language_model
     positions = torch.stack([torch.arange(40), torch.arange(40).clamp(max=10)])
     together = decoder._rotary(positions, torch.float32)[0]
     alone = [decoder._rotary(row[None], torch.float32)[0] for row in positions]
@@ -633,7 +637,7 @@ def test_bad_inputs_are_refused_with_both_numbers():
         model(prompt(6), pixel_values=torch.zeros(24, 700), image_grid_thw=images["image_grid_thw"])
     with refused("adds up to 2 but image_grid_thw has 1 scales"):
         model(prompt(6), **{**images, "num_scales": torch.tensor([2])})
-    with refused("needs input_ids and image_grid_thw"):
+    with refused("needs image_grid_thw, and input_ids or inputs_embeds"):
         model(prompt(6), pixel_values=images["pixel_values"])
     with refused("exactly one of input_ids and inputs_embeds"):
         model.language_model()
@@ -664,7 +668,6 @@ def test_configs_refuse_sizes_that_do_not_fit():
         ({"norm_type": "batch_norm"}, "batch_norm"),
         ({"visual_token_order": "random"}, "random"),
         ({"fullatt_block_indexes": [0, 3]}, r"\[3\] lie outside the 3 blocks"),
-        ({"patch_size": 0}, "patch_size must be a positive int, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             NaViLVisionConfig(**{**VISION, **settings})
@@ -672,10 +675,6 @@ def test_configs_refuse_sizes_that_do_not_fit():
         ({"num_key_value_heads": 3}, "4 does not divide by 3"),
         ({"head_dim": 15}, "15 does not divide by 2"),
         ({"hidden_size": 66}, "66 does not divide by 4"),
-        ({"hidden_size": 64.0}, "hidden_size must be a positive int, got 64.0"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive float, got nan"),
-        ({"attention_dropout": 1.5}, "1.5"),
-        ({"vocab_size": -1}, "vocab_size must be a positive int, got -1"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 0.5}}, "0.5"),
     ):

@@ -47,12 +47,12 @@ def test_a_forward_has_as_many_host_syncs_whatever_its_depth(depth):
 
 
 def test_a_decoding_step_on_a_static_cache_has_no_host_sync_and_is_one_graph():
-    model = build().language_model
-    position = torch.tensor([3])
+    model = build()
+    config, position = model.config.text_config, torch.tensor([3])
     inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long), "position_ids": position[None]}
 
     def step(decoder) -> torch.Tensor:
-        cache = StaticCache(model.config, max_batch_size=1, max_cache_len=8, device="cpu", dtype=torch.float32)
+        cache = StaticCache(config, max_batch_size=1, max_cache_len=8, device="cpu", dtype=torch.float32)
         return decoder(**inputs, past_key_values=cache, cache_position=position).logits
 
     with torch.no_grad():
@@ -63,8 +63,8 @@ def test_a_decoding_step_on_a_static_cache_has_no_host_sync_and_is_one_graph():
 
 def test_a_decoding_step_reads_the_cached_keys_themselves():
     """Keys are shared by groups of heads; no copy of them is made for every head."""
-    model = build().language_model
-    cache = StaticCache(model.config, max_batch_size=2, max_cache_len=8, device="cpu", dtype=torch.float32)
+    model = build()
+    cache = StaticCache(model.config.text_config, max_batch_size=2, max_cache_len=8, device="cpu", dtype=torch.float32)
     ids, position = torch.ones(2, 1, dtype=torch.long), torch.tensor([3])
     operations = count(lambda: model(ids, past_key_values=cache, cache_position=position))
     assert [keys.data_ptr() for keys in operations.attended_keys] == [keys.data_ptr() for keys in cache.key_cache]
@@ -72,7 +72,7 @@ def test_a_decoding_step_reads_the_cached_keys_themselves():
 
 def test_mixed_tokens_cost_as_many_multiplications_as_text():
     """Each expert works on its own tokens: three quarters of the tokens visual, not one product more."""
-    model = build().language_model
+    model = build()
     ids = torch.ones(2, 16, dtype=torch.long)
     visual = torch.zeros(2, 16, dtype=torch.bool)
     visual[:, 2:14] = True
@@ -92,10 +92,10 @@ def test_vision_costs_grow_with_the_patches_alone():
 
 
 def test_logits_are_computed_only_where_they_are_kept():
-    model = build().language_model
+    model = build()
     ids = torch.randint(200, (1, 12))
     all_logits, last = count(lambda: model(ids)), count(lambda: model(ids, logits_to_keep=1))
-    head = model.config.hidden_size * model.config.vocab_size
+    head = model.lm_head.weight.numel()
     assert all_logits.multiplications - last.multiplications == 11 * head
     with torch.no_grad():
         assert relative_error(model(ids, logits_to_keep=1).logits, model(ids).logits[:, -1:]) < 1e-6
