@@ -1,16 +1,32 @@
 """Conversations with NaViL: `model.chat`, and a session that keeps its key/value cache from turn to turn."""
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig
 
 from .image_processing_navil import flatten_images
-from .tokenization_navil import END_OF_TURN, expand_image_slots, put_images_in_front
+from .tokenization_navil import (
+    END_OF_TURN,
+    IMAGE_END_TOKEN,
+    IMAGE_PLACEHOLDER,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    expand_image_slots,
+    put_images_in_front,
+)
+
+MAX_NEW_TOKENS = 1024
+IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "num_scales")
+PIECE_LENGTH = 65536  # characters
+TOKENS_PER_CUT = 64
 
 ONE_SEQUENCE = {
     "num_beams": 1,
@@ -32,6 +48,7 @@ class NaViLChatSession:
         model: a `NaViLForConditionalGeneration`.
         tokenizer: a `NaViLTokenizer`.
         generation_config: settings for `generate`, for all turns; the defaults are `chat`'s.
+        options: see `chat_options`.
 
     Attributes:
         history: (question, answer) of the turns so far, as `chat` takes and returns it.
@@ -42,7 +59,13 @@ class NaViLChatSession:
         ValueError: settings under which there is no cache of one sequence (beams, several answers, another cache).
     """
 
-    def __init__(self, model: Any, tokenizer: Any, generation_config: dict[str, Any] | GenerationConfig | None = None):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        generation_config: dict[str, Any] | GenerationConfig | None = None,
+        **options: Any,
+    ):
         settings = model._chat_settings(tokenizer, generation_config, None)
         for name, required in ONE_SEQUENCE.items():
             given = settings.get(name, getattr(model.generation_config, name, None))
@@ -53,6 +76,7 @@ class NaViLChatSession:
         self.model = model
         self.tokenizer = tokenizer
         self.generation_config = generation_config
+        self._template, self._image_settings = chat_options(**options)
         self.history: list[tuple[str, str]] = []
         self.images: dict[str, Tensor] = {}
         self.num_prefilled = 0
@@ -70,18 +94,22 @@ class NaViLChatSession:
         Raises:
             ValueError: as `chat` does. The session is then as it was before the question.
         """
+        with ended_on_error(streamer):
+            return self._ask(question, images, streamer)
+
+    def _ask(self, question: str, images: Any, streamer: Any) -> str:
         model, tokenizer = self.model, self.tokenizer
-        model._check_question(question)
-        new_images = model._image_inputs(images, None, None)
+        check_question(question)
+        new_images = model._image_inputs(images, None, None, **self._image_settings)
         question = put_images_in_front(question, len(new_images.get("num_scales", ())))
-        all_images = self._with(new_images)
-        input_ids = model._encode_chat(tokenizer, [*self.history, (question, None)], all_images)
+        all_images = join_images([self.images, new_images])
+        input_ids = model._encode_chat(tokenizer, [*self.history, (question, None)], all_images, **self._template)
 
         cache, num_cached = self._cut_to_prefix_of(input_ids)
         self._forget()  # a turn that fails leaves no cache that is half written
         images = new_images if num_cached else all_images
         settings = model._chat_settings(tokenizer, self.generation_config, streamer)
-        output_ids, answer = model._answer(tokenizer, input_ids, images | settings | {"past_key_values": cache})
+        output_ids, [answer] = model._answer(tokenizer, [input_ids], images | settings | {"past_key_values": cache})
         self._cache, self._cached_ids = cache, output_ids[0, : cache.get_seq_length()]
         self.num_prefilled = input_ids.shape[1] - num_cached
         self.images = all_images
@@ -90,12 +118,6 @@ class NaViLChatSession:
 
     def _forget(self) -> None:
         self._cache, self._cached_ids = DynamicCache(), torch.tensor([], dtype=torch.long)
-
-    def _with(self, new_images: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The images so far and the new ones."""
-        if not (self.images and new_images):
-            return self.images or new_images
-        return {name: torch.cat([images, new_images[name]]) for name, images in self.images.items()}
 
     def _cut_to_prefix_of(self, input_ids: Tensor) -> tuple[DynamicCache, int]:
         """The cache, cut to the tokens that it shares with a prompt (1, L), and their number, less than L."""
@@ -113,7 +135,7 @@ class NaViLChatSession:
 
 
 class NaViLChat:
-    """`chat` and `chat_session` of `NaViLForConditionalGeneration`, a thin layer on its `generate`."""
+    """`chat`, `batch_chat` and `chat_session` of `NaViLForConditionalGeneration`, a thin layer on its `generate`."""
 
     @torch.no_grad()
     def chat(
@@ -122,21 +144,22 @@ class NaViLChat:
         pixel_values: Any,
         question: str,
         generation_config: dict[str, Any] | GenerationConfig | None = None,
-        history: Sequence[tuple[str, str]] | None = None,
+        history: Iterable[tuple[str, str]] | None = None,
         return_history: bool = False,
         num_patches_list: Any = None,
         num_scales: Any = None,
         anyres_image_size: bool = True,
         verbose: bool = False,
         streamer: Any = None,
-        allow_control_tokens: bool = False,
+        **options: Any,
     ) -> str | tuple[str, list[tuple[str, str]]]:
         """Answers a question about images, or about none.
 
         Args:
             tokenizer: a `NaViLTokenizer`.
-            pixel_values: None; an image (PIL, path or array) or a list of them, which may be empty; the image
-                processor's output; or patches (N, 3*p*p) or (N, 3, p, p) with `num_patches_list`.
+            pixel_values: None; an image in any form that the image processor reads (PIL, path, URL, bytes, array) or a
+                list of them, which may be empty; the image processor's output; or patches (N, 3*p*p) or
+                (N, 3, p, p) with `num_patches_list`.
             question: may say where the images go by `<image>`; else they go in front of a first question.
             generation_config: settings for `generate`; the default is greedy, up to 1024 new tokens, one answer.
             history: earlier (question, answer) turns; `<image>` in their questions takes the first images.
@@ -145,65 +168,116 @@ class NaViLChat:
             num_scales: (images,) scales of each image; None means one each.
             anyres_image_size: always True, the only mode that NaViL has.
             verbose: write the question and the answer to the standard output.
-            streamer: receives tokens as they are generated, as in `generate`.
-            allow_control_tokens: let special tokens through that are typed in the question or the history, as the
-                released code does.
+            streamer: receives tokens as they are generated, as in `generate`; it is ended on an error too.
+            options: see `chat_options`.
 
         Raises:
             ValueError: an empty question, a history that is not pairs of texts, special tokens in the text, another
                 number of `<image>` than of images, image inputs that do not fit together, or more tokens than the
                 context holds.
+            TypeError: an unknown option.
         """
-        if not anyres_image_size:
-            raise ValueError("anyres_image_size must be True: NaViL sees images at their own resolution only")
-        self._check_question(question)
-        if self.config.image_token_id is None:
-            self.init_special_token_ids(tokenizer)
-        history = list(history or [])
-        for turn in history:
-            if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
-                raise ValueError(f"history must be (question, answer) pairs of texts, got {turn!r:.80}")
-
-        def count_text(num_images: int) -> int:
-            asked = question if history else put_images_in_front(question, num_images)
-            empty = {"image_grid_thw": torch.empty(0, 3), "num_scales": torch.zeros(num_images, dtype=torch.long)}
-            ids = self._encode_chat(tokenizer, [*history, (asked, None)], empty, allow_control_tokens)
-            return ids.shape[1] - 2 * num_images  # <img> and </img> are there already
-
-        images = self._image_inputs(pixel_values, num_patches_list, num_scales, count_text)
-        if not history:
-            question = put_images_in_front(question, len(images.get("num_scales", ())))
-
-        input_ids = self._encode_chat(tokenizer, [*history, (question, None)], images, allow_control_tokens)
-        settings = self._chat_settings(tokenizer, generation_config, streamer)
-        _, answer = self._answer(tokenizer, input_ids, images | settings)
+        with ended_on_error(streamer):
+            if not anyres_image_size:
+                raise ValueError("anyres_image_size must be True: NaViL sees images at their own resolution only")
+            history = as_turns(history)
+            prompt = self._prepare(tokenizer, pixel_values, question, history, num_patches_list, num_scales, **options)
+            settings = self._chat_settings(tokenizer, generation_config, streamer)
+            _, [answer] = self._answer(tokenizer, [prompt.input_ids], prompt.images | settings)
         if verbose:
-            sys.stdout.write(f"{question}\n{answer}\n")
-        return (answer, [*history, (question, answer)]) if return_history else answer
+            sys.stdout.write(f"{prompt.question}\n{answer}\n")
+        return (answer, [*history, (prompt.question, answer)]) if return_history else answer
+
+    @torch.no_grad()
+    def batch_chat(
+        self,
+        tokenizer: Any,
+        pixel_values: Any,
+        questions: Sequence[str],
+        generation_config: dict[str, Any] | GenerationConfig | None = None,
+        num_patches_list: Any = None,
+        num_scales: Any = None,
+        **options: Any,
+    ) -> list[str]:
+        """Answers several questions in one batch, each as `chat` does.
+
+        Args:
+            pixel_values: None, or a list with an entry for each question, in a form that `chat` takes. Images that are
+                packed already (the image processor's output, or patches with `num_patches_list`) belong to the
+                questions by their `<image>`; without any, each question has one.
+            options: see `chat_options`.
+
+        Raises:
+            ValueError: as `chat` does, or images that are not those of the questions.
+        """
+        images = self._images_of_questions(questions, pixel_values, num_patches_list, num_scales)
+        prompts = [
+            self._prepare(tokenizer, own_images, question, [], None, None, **options)
+            for question, own_images in zip(questions, images, strict=True)
+        ]
+        settings = self._chat_settings(tokenizer, generation_config, None)
+        packed = join_images([prompt.images for prompt in prompts])
+        return self._answer(tokenizer, [prompt.input_ids for prompt in prompts], packed | settings)[1]
 
     def chat_session(
-        self, tokenizer: Any, generation_config: dict[str, Any] | GenerationConfig | None = None
+        self, tokenizer: Any, generation_config: dict[str, Any] | GenerationConfig | None = None, **options: Any
     ) -> NaViLChatSession:
         """A conversation that keeps its cache from turn to turn; arguments and errors are `NaViLChatSession`'s."""
-        return NaViLChatSession(self, tokenizer, generation_config)
+        return NaViLChatSession(self, tokenizer, generation_config, **options)
 
-    @staticmethod
-    def _check_question(question: Any) -> None:
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"question must be a text that is not empty, got {question!r}")
+    def _prepare(
+        self,
+        tokenizer: Any,
+        pixel_values: Any,
+        question: str,
+        history: Sequence[tuple[str, str]],
+        grids: Any,
+        num_scales: Any,
+        **options: Any,
+    ) -> "Prompt":
+        """Ids and images of a conversation; arguments as in `chat`."""
+        template, image_settings = chat_options(**options)
+        check_question(question)
+        if self.config.image_token_id is None:
+            self.init_special_token_ids(tokenizer)
 
-    def _answer(self, tokenizer: Any, input_ids: Tensor, options: dict[str, Any]) -> tuple[Tensor, str]:
-        """Generates from a prompt (1, L); the ids of prompt and answer (1, L + new), and the answer as a text."""
-        output_ids = self.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **options)
-        answer_ids = output_ids[0, input_ids.shape[1] :]
-        return output_ids, tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+        def asked(num_images: int) -> str:
+            return question if history else put_images_in_front(question, num_images)
+
+        def count_text(num_images: int) -> int:
+            empty = {"image_grid_thw": torch.empty(0, 3), "num_scales": torch.zeros(num_images, dtype=torch.long)}
+            ids = self._encode_chat(tokenizer, [*history, (asked(num_images), None)], empty, **template)
+            return ids.shape[1] - 2 * num_images  # <img> and </img> are there already
+
+        images = self._image_inputs(pixel_values, grids, num_scales, count_text, **image_settings)
+        question = asked(len(images.get("num_scales", ())))
+        ids = self._encode_chat(tokenizer, [*history, (question, None)], images, **template)
+        return Prompt(question, ids, images)
+
+    def _answer(self, tokenizer: Any, prompts: Sequence[Tensor], options: dict[str, Any]) -> tuple[Tensor, list[str]]:
+        """Generates from prompts (1, L) each; ids of prompts and answers (B, L + new), and the answers as texts."""
+
+        def pad(rows: Sequence[Tensor], value: int) -> Tensor:
+            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+
+        input_ids = pad([ids[0] for ids in prompts], tokenizer.pad_token_id or 0)
+        attention_mask = pad([torch.ones_like(ids[0]) for ids in prompts], 0)
+        length = input_ids.shape[1]
+        max_length = options.get("max_length")
+        if max_length is not None and max_length == GenerationConfig().max_length and max_length <= length:
+            # transformers 4's default, which leaves no room for an answer: not the caller's choice.
+            options = {**options, "max_length": None, "max_new_tokens": MAX_NEW_TOKENS}
+        output_ids = self.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+        answers = tokenizer.batch_decode(output_ids[:, length:], skip_special_tokens=True)
+        return output_ids, [answer.strip() for answer in answers]
 
     def _chat_settings(
         self, tokenizer: Any, generation_config: dict[str, Any] | GenerationConfig | None, streamer: Any
     ) -> dict[str, Any]:
         """Arguments of `generate`: chat's defaults, the caller's settings, and what chat itself relies on."""
         if isinstance(generation_config, GenerationConfig):
-            generation_config = generation_config.to_diff_dict()
+            max_length = generation_config.max_length if generation_config.max_new_tokens is None else None
+            generation_config = {**generation_config.to_diff_dict(), "max_length": max_length}
         settings = {
             "do_sample": False,
             "eos_token_id": tokenizer.convert_tokens_to_ids(END_OF_TURN),
@@ -211,7 +285,7 @@ class NaViLChat:
             **(generation_config or {}),
         }
         if settings.get("max_new_tokens") is None:  # a max_length counts only where the other limit is off
-            settings["max_new_tokens"] = 1024 if settings.get("max_length") is None else None
+            settings["max_new_tokens"] = MAX_NEW_TOKENS if settings.get("max_length") is None else None
         if settings.get("stop_strings") is not None:
             settings.setdefault("tokenizer", tokenizer)
         if streamer is not None:
@@ -224,6 +298,7 @@ class NaViLChat:
         turns: Sequence[tuple[str, str | None]],
         images: dict[str, Tensor],
         allow_control_tokens: bool = False,
+        **template: Any,
     ) -> Tensor:
         """Ids (1, L) of a conversation whose last turn has no answer yet."""
         messages = []
@@ -232,8 +307,13 @@ class NaViLChat:
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
         prompt = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, allow_control_tokens=allow_control_tokens
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            allow_control_tokens=allow_control_tokens,
+            **template,
         )
+        check_length(tokenizer, prompt, self.config.text_config.context_length)
         grids = images["image_grid_thw"].tolist() if images else []
         num_scales = images["num_scales"].tolist() if images else []
         merge_size = self.config.vision_config.spatial_merge_size
@@ -242,37 +322,40 @@ class NaViLChat:
         return input_ids.to(self.device)
 
     def _image_inputs(
-        self, pixel_values: Any, grids: Any, num_scales: Any, count_text: Callable[[int], int] | None = None
+        self,
+        pixel_values: Any,
+        grids: Any,
+        num_scales: Any,
+        count_text: Callable[[int], int] | None = None,
+        **settings: Any,
     ) -> dict[str, Tensor]:
         """Every form of image input that `chat` takes -> `pixel_values`, `image_grid_thw` and `num_scales`.
 
-        `count_text` says how many tokens of text there are beside so many images, to refuse images beyond the context
-        before they fill the memory.
+        `count_text` gives the tokens of text beside a number of images, to refuse images beyond the context before
+        they fill the memory.
         """
-        if pixel_values is None or isinstance(pixel_values, list | tuple) and not pixel_values:
-            if grids is not None or num_scales is not None:
-                raise ValueError("num_patches_list and num_scales need pixel_values")
-            return {}
-        if hasattr(pixel_values, "keys"):  # the image processor's output
-            missing = [name for name in ("pixel_values", "image_grid_thw") if name not in pixel_values]
-            if missing:
-                raise ValueError(f"the image processor's output lacks {', '.join(missing)}")
-            grids = pixel_values["image_grid_thw"] if grids is None else grids
+        if isinstance(pixel_values, Mapping) and "pixel_values" in pixel_values:  # the image processor's output
+            grids = pixel_values.get("image_grid_thw") if grids is None else grids
             num_scales = pixel_values.get("num_scales") if num_scales is None else num_scales
             pixel_values = pixel_values["pixel_values"]
-        elif grids is None:
-            if num_scales is not None or self._are_patches(pixel_values):
-                raise ValueError("patches and num_scales need num_patches_list, the image processor's image_grid_thw")
-            context = {}
+            if grids is None:
+                raise ValueError("the image processor's output lacks image_grid_thw")
+        if grids is None and (num_scales is not None or self._are_patches(pixel_values)):
+            raise ValueError("patches and num_scales need num_patches_list, the image processor's image_grid_thw")
+        if grids is not None:
+            if pixel_values is None:
+                raise ValueError("num_patches_list and num_scales need pixel_values")
+            if settings:
+                raise ValueError(f"{', '.join(settings)} cannot change patches that are packed already")
+            images = self._packed_inputs(pixel_values, grids, num_scales)
+        else:
+            pictures = [] if pixel_values is None else flatten_images(pixel_values)
+            if not pictures:
+                return {}
             if count_text is not None:
-                num_text_tokens = count_text(len(flatten_images(pixel_values)))
-                context = {
-                    "context_length": self.config.text_config.context_length,
-                    "num_text_tokens": num_text_tokens,
-                }
-            images = self.image_processor(pixel_values, multi_scale=True, return_tensors="pt", **context)
-            return {name: tensor.to(self.device) for name, tensor in images.items()}
-        images = self._packed_inputs(pixel_values, grids, num_scales)
+                settings["num_text_tokens"] = count_text(len(pictures))
+                settings["context_length"] = self.config.text_config.context_length
+            images = self.image_processor(pictures, multi_scale=True, return_tensors="pt", **settings)
         return {name: tensor.to(self.device) for name, tensor in images.items()}
 
     def _are_patches(self, pixel_values: Any) -> bool:
@@ -282,20 +365,148 @@ class NaViLChat:
         is_float = "float" in str(getattr(pixel_values, "dtype", ""))
         return is_float and shape[1:] in ((vision.patch_dim,), (3, vision.patch_size, vision.patch_size))
 
-    @staticmethod
-    def _packed_inputs(pixel_values: Any, grids: Any, num_scales: Any) -> dict[str, Tensor]:
+    def _packed_inputs(self, pixel_values: Any, grids: Any, num_scales: Any) -> dict[str, Tensor]:
         """Patches and their grids as tensors; without `num_scales`, every grid is an image of its own."""
-        try:
-            patches, grids = torch.as_tensor(pixel_values), torch.as_tensor(grids)
-            num_scales = torch.ones(len(grids), dtype=torch.long) if num_scales is None else torch.as_tensor(num_scales)
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"patches, num_patches_list and num_scales must be tensors or numbers: {error}") from error
-        if grids.ndim != 2 or grids.shape[1:] != (3,) or not len(grids) or grids.is_floating_point():
+        grids = whole_numbers("num_patches_list", grids)
+        num_scales = whole_numbers("num_scales", [1] * len(grids) if num_scales is None else num_scales).reshape(-1)
+        if (num_scales < 1).any():
+            raise ValueError(f"num_scales must be at least 1 per image, got {num_scales.tolist()}")
+        patches = self.vision_model.check_inputs(torch.as_tensor(pixel_values), grids)
+        return {"pixel_values": patches, "image_grid_thw": grids, "num_scales": num_scales}
+
+    def _images_of_questions(
+        self, questions: Sequence[str], pixel_values: Any, grids: Any, num_scales: Any
+    ) -> list[Any]:
+        """What `chat` would take as `pixel_values` of each question."""
+        if grids is None and not isinstance(pixel_values, Mapping):
+            images = [None] * len(questions) if pixel_values is None else list(pixel_values)
+            if len(images) != len(questions):
+                raise ValueError(f"expected images for each of {len(questions)} questions, got {len(images)}")
+            return images
+        packed = self._image_inputs(pixel_values, grids, num_scales)
+        counts = [question.count(IMAGE_PLACEHOLDER) for question in questions]
+        counts = counts if any(counts) else [1] * len(questions)
+        if sum(counts) != len(packed["num_scales"]):
+            raise ValueError(f"{len(questions)} questions take {sum(counts)} of {len(packed['num_scales'])} images")
+        num_scales = packed["num_scales"].split(counts)
+        grids = packed["image_grid_thw"].split([int(scales.sum()) for scales in num_scales])
+        patches = packed["pixel_values"].split([int(rows.prod(-1).sum()) for rows in grids])
+        parts = zip(patches, grids, num_scales, strict=True)
+        return [dict(zip(IMAGE_INPUTS, part, strict=True)) if len(part[0]) else None for part in parts]
+
+
+class Prompt(NamedTuple):
+    """A conversation whose last question has no answer yet."""
+
+    question: str  # with the placeholders of its images
+    input_ids: Tensor  # (1, L)
+    images: dict[str, Tensor]  # IMAGE_INPUTS, or nothing
+
+
+def chat_options(
+    allow_control_tokens: bool = False,
+    system_message: str | None = None,
+    min_pixels: float | None = None,
+    max_pixels: float | None = None,
+    scale_downsample_ratio: float | None = None,
+    IMG_START_TOKEN: str = IMAGE_START_TOKEN,
+    IMG_END_TOKEN: str = IMAGE_END_TOKEN,
+    IMG_CONTEXT_TOKEN: str = IMAGE_TOKEN,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of the chat template and of the image processor.
+
+    Args:
+        allow_control_tokens: let special tokens through that are typed in the question or the history, as the released
+            code does.
+        system_message: instead of the tokenizer's.
+        min_pixels, max_pixels: budget of an image at its smallest and largest scale, in pixels.
+        scale_downsample_ratio: side ratio of consecutive scales.
+        IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: the released names of the image tokens.
+
+    Raises:
+        ValueError: other image tokens than the released ones.
+    """
+    if (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN) != (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN):
+        raise ValueError(f"the image tokens are {IMAGE_START_TOKEN}, {IMAGE_END_TOKEN} and {IMAGE_TOKEN}")
+    template = {"allow_control_tokens": allow_control_tokens, "system_message": system_message}
+    image_settings = {
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "scale_downsample_ratio": scale_downsample_ratio,
+    }
+    given = ({name: value for name, value in part.items() if value is not None} for part in (template, image_settings))
+    return tuple(given)
+
+
+def check_question(question: Any) -> None:
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"question must be a text that is not empty, got {question!r:.80}")
+
+
+def as_turns(history: Iterable[tuple[str, str]] | None) -> list[tuple[str, str]]:
+    """A history, in any kind of rows, as pairs of texts.
+
+    Raises:
+        ValueError: something else than pairs of texts.
+    """
+    turns = [] if history is None else list(history)
+    turns = [turn if isinstance(turn, Mapping) else tuple(turn) for turn in turns]
+    for turn in turns:
+        if isinstance(turn, Mapping) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(f"history must be (question, answer) pairs of texts, got {turn!r:.80}")
+    return turns
+
+
+def whole_numbers(name: str, values: Any) -> Tensor:
+    """Grids or counts, in (nested) rows of any kind, as an int64 tensor.
+
+    Raises:
+        ValueError: numbers that are not whole, or rows of different lengths.
+    """
+
+    def plain(rows: Any) -> Any:
+        if hasattr(rows, "tolist"):  # arrays, and tensors on any device
+            return rows.tolist()
+        return [plain(row) for row in rows] if isinstance(rows, Iterable) else rows
+
+    numbers = np.asarray(plain(values))
+    if not np.array_equal(numbers, numbers.astype(np.int64)):
+        raise ValueError(f"{name} must be whole numbers, got {values!r:.80}")
+    return torch.from_numpy(numbers.astype(np.int64))
+
+
+def check_length(tokenizer: Any, prompt: str, context_length: int) -> None:
+    """Refuses a text that is far too long before all of it is tokenized, which takes seconds and gigabytes.
+
+    Counted are tokens of pieces, less those that a cut may have added to the whole text's.
+
+    Raises:
+        ValueError: more tokens than the context holds.
+    """
+    if len(prompt) <= 4 * context_length:
+        return
+    num_tokens = 0
+    for start in range(0, len(prompt), PIECE_LENGTH):
+        piece = prompt[start : start + PIECE_LENGTH]
+        num_tokens += len(tokenizer(piece, add_special_tokens=False).input_ids) - TOKENS_PER_CUT
+        if num_tokens > context_length:
             raise ValueError(
-                f"num_patches_list must be (scales, 3) whole numbers, got {tuple(grids.shape)} {grids.dtype}"
+                f"the prompt has more than {num_tokens} tokens but the context holds {context_length}: shorten the text"
             )
-        if num_scales.ndim != 1 or num_scales.is_floating_point() or (num_scales < 1).any():
-            raise ValueError(f"num_scales must be one whole number of at least 1 per image, got {num_scales.tolist()}")
-        if patches.ndim not in (2, 4):
-            raise ValueError(f"patches must be (N, 3*p*p) or (N, 3, p, p), got {tuple(patches.shape)}")
-        return {"pixel_values": patches.flatten(1), "image_grid_thw": grids, "num_scales": num_scales}
+
+
+@contextmanager
+def ended_on_error(streamer: Any) -> Iterator[None]:
+    """Ends a streamer whose tokens will not come, so that its reader does not wait for them."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            streamer.end()
+        raise
+
+
+def join_images(images: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The images of several prompts as one; nothing of none."""
+    images = [inputs for inputs in images if inputs]
+    return {name: torch.cat([inputs[name] for inputs in images]) for name in IMAGE_INPUTS} if images else {}

@@ -424,7 +424,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
             ValueError: grids and patches that do not fit each other or the config.
         """
         config = self.config
-        patches = self._check_inputs(pixel_values, image_grid_thw)
+        patches = self.check_inputs(pixel_values, image_grid_thw)
         layout = PackedLayout.build(image_grid_thw.tolist(), config, patches.device)
         merge_cells = (-1, config.spatial_merge_size**2)
         x = patches.unflatten(0, merge_cells).index_select(0, layout.entry).flatten(0, 1)
@@ -438,9 +438,10 @@ class NaViLVisionModel(NaViLPreTrainedModel):
             x = self._run(block, x, cos, sin, segments)
         return x.unflatten(0, merge_cells).index_select(0, layout.exit.to(x.device))
 
-    def _check_inputs(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+    def check_inputs(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """The patches as (N, 3*p*p); raises as `forward` does."""
         merge, patch_dim = self.config.spatial_merge_size, self.config.patch_dim
-        patches = pixel_values.flatten(1)
+        patches = pixel_values.reshape(len(pixel_values), -1)
         if patches.shape[1] != patch_dim:
             raise ValueError(f"pixel_values has {patches.shape[1]} numbers per patch, expected {patch_dim}")
         is_table = image_grid_thw.ndim == 2 and image_grid_thw.shape[1] == 3 and len(image_grid_thw) > 0

@@ -13,7 +13,7 @@ from typing import Any
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 IMAGE_PLACEHOLDER = "<image>"
-IMAGE_START_TOKEN, IMAGE_TOKEN = "<img>", "<IMG_CONTEXT>"
+IMAGE_START_TOKEN, IMAGE_TOKEN, IMAGE_END_TOKEN = "<img>", "<IMG_CONTEXT>", "</img>"
 END_OF_TURN = "<|im_end|>"
 IMAGE_TOKENS = (
     *("</box>", "<box>", "<IMG_CONTEXT>", "</img>", "<img>", "</quad>", "<quad>", "</ref>", "<ref>"),
