@@ -1,44 +1,100 @@
 """Images of any resolution to packed patches for NaViL (reference §5).
 
     image -> scales (largest first, each tau times the side of the one before)
-          -> resize, pad to whole merged cells, split into patches, normalise
+          -> resize, pad to whole merged cells, split into patches, normalize
           -> packed smallest scale first: pixel_values (patches, 3 * p * p), image_grid_thw (scales, 3)
 
 Inside a scale, patches keep their merge groups together: row-major over merged cells, row-major inside a cell.
 """
 
+import base64
 import math
 import os
+import string
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache, partial
+from io import BytesIO
 from itertools import zip_longest
 from typing import Any, NamedTuple
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 MAX_ASPECT_RATIO = 200
-MAX_PATCH_SIZE = 1024
+DOWNLOAD_TIMEOUT = 30  # seconds
 ORIENTATION_TAG = 0x0112  # of EXIF
 DRAFT_MARGIN = 2
 """A JPEG is decoded at a fraction of its size only while its sides stay this many times those of the largest scale."""
 PATCHES_AT_ONCE = 64
-"""As many are normalised at a time that what lies in between stays in a processor's cache."""
+"""Patches are normalized in blocks of this size, so that temporary arrays stay in the CPU's cache."""
 
+IMAGE_KEYS = ("image", "bytes", "base64", "url", "image_url", "path")
+"""Where a dict holds its image; the first one counts, as the `path` beside a dataset's `bytes` may be a mere name."""
+URL_SCHEMES = ("http://", "https://", "file://", "data:")
+CALL_SETTINGS = ("min_pixels", "max_pixels", "scale_downsample_ratio", "multi_scale")
+SETTINGS = ("patch_size", "merge_size", *CALL_SETTINGS, "image_mean", "image_std")
+SERVICE_KEYS = ("auto_map", "processor_class", "image_processor_type", "feature_extractor_type")  # of transformers
 RELEASED_SETTINGS = {
     "do_convert_rgb": True,
     "do_resize": False,
+    "do_center_crop": False,
     "do_pad": True,
     "do_rescale": True,
     "do_normalize": True,
 }
-"""What transformers' usual switches say about NaViL, the only way it sees pictures: `do_resize` would distort a picture
-to whole cells, `do_pad` fills them up; either way it is fitted into the pixel budget first."""
+"""transformers' usual switches, with the only values that NaViL was trained with. `do_resize` would distort an image to
+whole cells, `do_pad` pads it to them; either way it is resized to fit the pixel budget first."""
+
+
+def number(value: Any, name: str) -> int | float:
+    """A number of any type (Python, NumPy, 0-d array or tensor, Fraction, Decimal) as an int if whole, else a float.
+
+    Raises:
+        ValueError: not a number.
+    """
+    try:
+        value = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{name} must be a number, got {value!r:.80}") from error
+    return int(value) if value.is_integer() else value
+
+
+def whole_number(value: Any, name: str, minimum: int = 1) -> int:
+    """As `number`; a ValueError also for a fraction and for less than `minimum`."""
+    whole = number(value, name)
+    if not isinstance(whole, int) or whole < minimum:
+        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r:.80}")
+    return whole
+
+
+def scale_settings(min_pixels: Any, max_pixels: Any, scale_downsample_ratio: Any) -> tuple[float, float, float]:
+    """As `number`, each; a ValueError also unless 0 < min_pixels <= max_pixels and 0 < scale_downsample_ratio < 1."""
+    low, high = number(min_pixels, "min_pixels"), number(max_pixels, "max_pixels")
+    tau = float(number(scale_downsample_ratio, "scale_downsample_ratio"))
+    if not 0 < low <= high:  # NaN fails too
+        raise ValueError(f"need 0 < min_pixels <= max_pixels, got {low} and {high}")
+    if not 0 < tau < 1:
+        raise ValueError(f"scale_downsample_ratio must lie between 0 and 1, got {tau}")
+    return low, high, tau
+
+
+def check_switches(settings: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    """Raises a ValueError for an unknown keyword, and for a switch of transformers that NaViL was not trained with."""
+    for name, value in settings.items():
+        if name in RELEASED_SETTINGS:
+            if value is not None and bool(value) != RELEASED_SETTINGS[name]:
+                raise ValueError(f"{name} must be {RELEASED_SETTINGS[name]}, as NaViL was trained; got {value!r:.80}")
+        elif name != "size" or value is not None:
+            raise ValueError(
+                f"the image processor has no setting {name}={value!r:.80}; sizes follow from min_pixels and "
+                f"max_pixels, the settings are {', '.join(allowed)}"
+            )
 
 
 class Picture(NamedTuple):
@@ -49,48 +105,105 @@ class Picture(NamedTuple):
     width: int
 
 
+def flatten_images(images: Any, depth: int = 2) -> list[Any]:
+    """One image, any iterable of images or one of such iterables, as a flat list; a 4-D array is a batch of images.
+
+    Raises:
+        ValueError: deeper nesting.
+    """
+    if getattr(images, "ndim", None) == 4:
+        return list(images)
+    is_image = isinstance(images, str | bytes | bytearray | memoryview | Mapping)
+    is_image = is_image or hasattr(images, "read") or hasattr(images, "__array__")
+    if is_image or not isinstance(images, Iterable):
+        return [images]
+    if depth == 0:
+        raise ValueError("images may be a list of images or a list of such lists, got lists nested deeper")
+    return [image for entry in images for image in flatten_images(entry, depth - 1)]
+
+
+def image_source(image: Any) -> tuple[Any, dict[str, Any]]:
+    """The image in a dict, and the `min_pixels` and `max_pixels` that the dict sets for it.
+
+    Args:
+        image: a message's part, as `{"type": "image", "image": ...}`, `{"type": "image_url", "image_url": {"url":
+            ...}}`, or a data set's `{"bytes": ..., "path": ...}`; keys that are None do not count. Anything else is
+            returned as it is.
+
+    Raises:
+        ValueError: a dict without an image.
+    """
+    own_budget: dict[str, Any] = {}
+    while isinstance(image, Mapping):
+        part = {name: value for name, value in image.items() if value is not None}
+        found = [part[name] for name in IMAGE_KEYS if name in part]
+        if not found:
+            raise ValueError(f"an image part needs one of {', '.join(IMAGE_KEYS)}; got {image!r:.80}")
+        own_budget = {name: part[name] for name in ("min_pixels", "max_pixels") if name in part} | own_budget
+        image = found[0]
+    return image, own_budget
+
+
 def load_image(image: Any, input_data_format: str | None = None) -> Image.Image:
     """Any image a caller may hold, as an upright RGB picture.
 
     Args:
-        image: a PIL image, the path of an image file, or an array or tensor, (H, W), (H, W, C) or (C, H, W) with
-            1, 3 or 4 channels, either uint8 or floating point between 0 and 1.
+        image: a PIL image; a path; a `file://`, `http(s)://` or `data:` URL; base64 text; the bytes of an image file
+            or a file opened for reading them; a dict as in `image_source`; or an array or tensor, (H, W), (H, W, C) or
+            (C, H, W) with 1, 3 or 4 channels, integers from 0 to 255 or floating point between 0 and 1.
         input_data_format: `channels_first` or `channels_last` of an array; None finds out, channels last where both
             fit.
 
     An EXIF orientation is applied, so that a phone's photo is seen the way people see it. Transparency is dropped, as
-    the released model does: a pixel has the colour that is stored for it. Of an animated file the first frame is
-    taken, of an opened one the current frame. 16-bit grey is brought to 8 bits; Pillow's modes I and F count from 0 to
+    the released model does: a pixel has the color that is stored for it. Of an animated file the first frame is
+    taken, of an opened one the current frame. 16-bit gray is brought to 8 bits; Pillow's modes I and F count from 0 to
     255 (and a picture of mode F not from 0 to 1, which would be black).
 
     Raises:
-        ValueError: not an image, an unreadable file, Pillow's decompression-bomb error, or an array of another kind.
+        ValueError: not an image, an unreadable file, a failed download, Pillow's decompression-bomb error, or an array
+            of another kind.
     """
     return load_picture(image, None, input_data_format).pixels
 
 
 def load_picture(image: Any, max_pixels: float | None = None, input_data_format: str | None = None) -> Picture:
     """As `load_image`; a JPEG file far above `max_pixels` is decoded at a half, a quarter or an eighth of its size."""
-    if isinstance(image, str | os.PathLike):
-        path = os.fspath(image)
-        with _reading(path), Image.open(path) as file:
-            return _upright_rgb(file, max_pixels)
-    if isinstance(image, Image.Image):
-        with _reading(image):
-            return _upright_rgb(image, None)
-    if hasattr(image, "__array__"):
+    image, _ = image_source(image)
+    if hasattr(image, "__array__") and not isinstance(image, Image.Image):
         pixels = _image_from_array(image, input_data_format)
         return Picture(pixels, pixels.height, pixels.width)
-    raise ValueError(f"expected a PIL image, a path or an array, got {type(image).__name__}")
-
-
-@contextmanager
-def _reading(source: Any) -> Iterator[None]:
+    image = os.fspath(image) if isinstance(image, os.PathLike) else image
     try:
-        yield
+        if isinstance(image, Image.Image):
+            return _upright_rgb(image, None)
+        with _open_file(image) as file:
+            return _upright_rgb(file, max_pixels)
     except Exception as error:  # Pillow's decoders raise whatever they run into
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"cannot read an image from {source!r:.200}: {reason}") from error
+        name, reason = repr(image), str(error) or type(error).__name__
+        if len(name) > (80 if name[1:].lower().startswith(URL_SCHEMES) else 255):  # a path is shown whole
+            name = f"{name[:50]}...{name[-27:]}"
+        raise ValueError(f"cannot read an image from {name}: {reason}") from error
+
+
+def _open_file(source: Any) -> Image.Image:
+    """An image file, not yet decoded. A file that the caller opened stays open."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return Image.open(BytesIO(source))
+    if hasattr(source, "read"):
+        return Image.open(source)
+    if not isinstance(source, str):
+        kinds = "a PIL image, a path, a URL, base64 text, bytes, an open file, a dict or an array"
+        raise TypeError(f"expected {kinds}, got {type(source).__name__}")
+    if source[:8].lower().startswith(URL_SCHEMES):
+        request = Request(quote(source, safe=string.punctuation), headers={"User-Agent": "navil"})
+        with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+            return Image.open(BytesIO(response.read()))
+    if os.path.exists(source):
+        return Image.open(source)
+    try:
+        return Image.open(BytesIO(base64.b64decode("".join(source.split()), validate=True)))
+    except (ValueError, UnidentifiedImageError):
+        raise FileNotFoundError("no such file, and no base64 text of an image") from None
 
 
 def _upright_rgb(image: Image.Image, max_pixels: float | None) -> Picture:
@@ -134,10 +247,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _image_from_array(image: Any, input_data_format: str | None) -> Image.Image:
-    try:
-        array = np.asarray(image)
-    except (TypeError, ValueError, RuntimeError) as error:  # a tensor that NumPy has no kind for, or on another device
-        raise ValueError(f"cannot read an image from a {type(image).__name__}: {error}") from error
+    if hasattr(image, "detach"):  # a tensor; NumPy has no bfloat16
+        image = image.detach().cpu()
+        image = image.float() if image.is_floating_point() else image
+    array = np.asarray(image)
     shape = array.shape
     if input_data_format not in (None, "channels_first", "channels_last"):
         raise ValueError(f"input_data_format must be channels_first or channels_last, got {input_data_format!r}")
@@ -153,10 +266,12 @@ def _image_from_array(image: Any, input_data_format: str | None) -> Image.Image:
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
             raise ValueError("a floating-point image array must hold finite numbers between 0 and 1")
-        array = np.round(array * 255).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(f"an image array must be uint8, or floating point between 0 and 1; got {array.dtype}")
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+        array = np.round(array * 255)
+    elif array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
+        raise ValueError(
+            f"an image array must hold integers from 0 to 255 or floating point between 0 and 1; got {array.dtype}"
+        )
+    return Image.fromarray(np.ascontiguousarray(array, dtype=np.uint8)).convert("RGB")
 
 
 def fit_to_budget(height: int, width: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
@@ -233,8 +348,8 @@ def count_slot_tokens(*plans: Sequence[tuple[int, int]], cell: int) -> int:
 def largest_fitting_budget(
     images: Sequence[Sequence[tuple[int, int]]],
     cell: int,
-    min_pixels: float,
-    max_pixels: float,
+    min_pixels: float | Sequence[float],
+    max_pixels: float | Sequence[float],
     tau: float | None,
     max_tokens: int,
 ) -> int | None:
@@ -242,16 +357,22 @@ def largest_fitting_budget(
 
     Args:
         images: (height, width) in pixels of each image; several of an image that is not known exactly.
+        min_pixels, max_pixels: budget of all images, or of each; the result limits that of each image.
 
     Returns:
         None when not even `min_pixels` is small enough.
     """
+    budgets = np.broadcast_to(min_pixels, len(images)), np.broadcast_to(max_pixels, len(images))
 
-    def fits(budget: int) -> bool:
-        plans = ([plan_scales(*size, cell, min_pixels, budget, tau) for size in sizes] for sizes in images)
-        return sum(count_slot_tokens(*plans_of_image, cell=cell) for plans_of_image in plans) <= max_tokens
+    def fits(limit: int) -> bool:
+        num_tokens = 0
+        for sizes, least, most in zip(images, *budgets, strict=True):
+            plans = [plan_scales(*size, cell, least, max(least, min(most, limit)), tau) for size in sizes]
+            num_tokens += count_slot_tokens(*plans, cell=cell)
+        return num_tokens <= max_tokens
 
-    low, high = math.ceil(min_pixels), math.floor(min(max_pixels, max(h * w for sizes in images for h, w in sizes)))
+    low = math.ceil(np.min(min_pixels))
+    high = math.floor(min(np.max(max_pixels), max(h * w for sizes in images for h, w in sizes)))
     if not fits(low):
         return None
     while high - low > 1:
@@ -270,7 +391,7 @@ def possible_sizes(height: int, width: int, cell: int) -> list[tuple[int, int]]:
 def context_error(
     num_tokens: int, context_length: int, num_images: int = 0, max_pixels: int | None = None, is_exact: bool = True
 ) -> ValueError:
-    """What to say of a prompt that is too long.
+    """The error for a prompt that is too long.
 
     Args:
         max_pixels: as `largest_fitting_budget` gives it.
@@ -282,7 +403,7 @@ def context_error(
     images = f"its {num_images} image{'s' * (num_images > 1)}"
     if max_pixels is None:
         return ValueError(
-            f"{problem}: with no max_pixels would {images} fit; give fewer, shorten the text or lower min_pixels"
+            f"{problem}: {images} do not fit even at min_pixels; give fewer, shorten the text or lower min_pixels"
         )
     return ValueError(f"{problem}: {images} {'would' if is_exact else 'should'} fit with max_pixels={max_pixels}")
 
@@ -296,10 +417,10 @@ def patchify(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=16)
-def normalised_bytes(mean: float, std: float, in_pairs: bool) -> np.ndarray:
-    """What to look pixels up in: (256,) float32; or (65536,) of two neighbours at a time, which takes half as long.
+def normalization_table(mean: float, std: float, in_pairs: bool) -> np.ndarray:
+    """Lookup table for rescaling and normalizing: (256,) float32, or (65536,) for two neighboring pixels at a time.
 
-    Two float32 numbers are one complex64 then, and two bytes in memory one uint16.
+    Pairs take half as long: two bytes are read as one uint16, and two float32 numbers written as one complex64.
     """
     single = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(mean)) / np.float32(std)
     if not in_pairs:
@@ -308,7 +429,7 @@ def normalised_bytes(mean: float, std: float, in_pairs: bool) -> np.ndarray:
 
 
 class NaViLImageProcessor(BaseImageProcessor):
-    """Resizes, pads and splits images into normalised patches, one scale or packed multi-scale.
+    """Resizes, pads and splits images into normalized patches, one scale or packed multi-scale.
 
     Args:
         patch_size: side of a patch, in pixels.
@@ -317,7 +438,7 @@ class NaViLImageProcessor(BaseImageProcessor):
             256 and 24576 patches, the released settings.
         scale_downsample_ratio: side ratio tau of consecutive scales.
         multi_scale: whether a call packs several scales of each image by default.
-        image_mean, image_std: per-channel normalisation of values between 0 and 1.
+        image_mean, image_std: per-channel normalization of values between 0 and 1.
 
     Raises:
         ValueError: settings outside their range, with the numbers.
@@ -337,38 +458,45 @@ class NaViLImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
-        check_switches({name: value for name, value in kwargs.items() if name in RELEASED_SETTINGS})
-        for name, value in (("patch_size", patch_size), ("merge_size", merge_size)):
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_PATCH_SIZE:
-                raise ValueError(f"{name} must be a whole number from 1 to {MAX_PATCH_SIZE}, got {value!r:.80}")
-        self.patch_size = patch_size
-        self.merge_size = merge_size
-        self.min_pixels = 256 * patch_size**2 if min_pixels is None else min_pixels
-        self.max_pixels = 24576 * patch_size**2 if max_pixels is None else max_pixels
-        self.scale_downsample_ratio = scale_downsample_ratio
-        self.multi_scale = multi_scale
-        if not _are_channel_values(image_mean) or not _are_channel_values(image_std) or 0 in image_std:
+        service = {name: kwargs.pop(name) for name in [*kwargs] if name in SERVICE_KEYS or name.startswith("_")}
+        check_switches(kwargs, SETTINGS)
+        super().__init__(**service)
+        self.patch_size = whole_number(patch_size, "patch_size")
+        self.merge_size = whole_number(merge_size, "merge_size")
+        self.min_pixels, self.max_pixels, self.scale_downsample_ratio = scale_settings(
+            256 * self.patch_size**2 if min_pixels is None else min_pixels,
+            24576 * self.patch_size**2 if max_pixels is None else max_pixels,
+            scale_downsample_ratio,
+        )
+        self.multi_scale = bool(multi_scale)
+        self.image_mean, self.image_std = [[float(value) for value in values] for values in (image_mean, image_std)]
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
             raise ValueError(
                 f"image_mean and image_std must have 3 numbers each, none of them 0 in image_std; "
                 f"got {image_mean!r:.80} and {image_std!r:.80}"
             )
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
-        self._check_settings(self.min_pixels, self.max_pixels, scale_downsample_ratio)
 
-    @staticmethod
-    def _check_settings(min_pixels: float, max_pixels: float, tau: float) -> None:
-        for value in (min_pixels, max_pixels, tau):
-            if not _is_number(value) or value <= 0:
-                raise ValueError(
-                    f"pixel budgets and scale_downsample_ratio must be positive numbers, got {min_pixels!r:.80} and "
-                    f"{max_pixels!r:.80}, {tau!r:.80}"
-                )
-        if not min_pixels <= max_pixels:
-            raise ValueError(f"need 0 < min_pixels <= max_pixels, got {min_pixels} and {max_pixels}")
-        if not tau < 1:
-            raise ValueError(f"scale_downsample_ratio must lie between 0 and 1, got {tau}")
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but settings among the keywords are checked as the constructor checks them."""
+        names = [name for name in kwargs if name in SETTINGS or name in RELEASED_SETTINGS]
+        return super().from_dict(image_processor_dict | {name: kwargs.pop(name) for name in names}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without the class's name, which `auto_map` holds.
+
+        transformers 4 looks by that name for a class of its own, and warns at every load that it is a slow one.
+        """
+        return {name: value for name, value in super().to_dict().items() if name != "image_processor_type"}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as the class that the module has now.
+
+        transformers runs the module again if a model imported it before an Auto class loads it. Objects from before
+        then have a class that pickle does not find under its name.
+        """
+        old = type(self)
+        return object.__new__, (getattr(sys.modules.get(old.__module__), old.__qualname__, old),), self.__dict__
 
     def preprocess(
         self,
@@ -383,9 +511,10 @@ class NaViLImageProcessor(BaseImageProcessor):
         num_text_tokens: int = 0,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Packs one image or a (nested) list of images; every image has the full pixel budget.
+        """Packs one image or a (nested) list of images, in any form of `load_image`; each has the full pixel budget.
 
         Args default to the processor's own settings. `return_tensors` is `"pt"`, `"np"` or None (NumPy arrays).
+            images: `min_pixels` and `max_pixels` in an image's dict replace those of the call for this image.
             input_data_format: `channels_first` or `channels_last` of arrays; None finds out.
             context_length, num_text_tokens: refuse images whose slots do not fit the context beside that many tokens
                 of text; no more patches are made than fit.
@@ -399,28 +528,26 @@ class NaViLImageProcessor(BaseImageProcessor):
             patches, `num_scales` (images,); smallest scale first, images in the given order.
 
         Raises:
-            ValueError: no image, an unreadable one, an aspect ratio over 200, images beyond the context, or settings
-                outside their range.
+            ValueError: no image, an unreadable one, an aspect ratio over 200, images beyond the context, settings
+                outside their range, or an unknown keyword.
         """
-        min_pixels = self.min_pixels if min_pixels is None else min_pixels
-        max_pixels = self.max_pixels if max_pixels is None else max_pixels
-        tau = self.scale_downsample_ratio if scale_downsample_ratio is None else scale_downsample_ratio
-        self._check_settings(min_pixels, max_pixels, tau)
-        check_switches(kwargs)
-        if not (self.multi_scale if multi_scale is None else multi_scale):
-            tau = None
-        images = flatten_images(images)
-        if not images:
+        check_switches(kwargs, CALL_SETTINGS)
+        given = {"min_pixels": min_pixels, "max_pixels": max_pixels, "scale_downsample_ratio": scale_downsample_ratio}
+        settings = {name: getattr(self, name) if value is None else value for name, value in given.items()}
+        sources = [image_source(image) for image in flatten_images(images)]
+        if not sources:
             raise ValueError("expected at least one image, got none")
+        min_budgets, max_budgets, taus = zip(*(scale_settings(**settings | own) for _, own in sources), strict=True)
+        tau = taus[0] if (self.multi_scale if multi_scale is None else multi_scale) else None
 
         full_sizes, packed, grids, num_scales = [], [], [], []
         cell = self.patch_size * self.merge_size
         num_tokens = num_text_tokens
         with ThreadPoolExecutor() as pool:  # Pillow resizes without holding the interpreter's lock
-            for image in images:
-                picture = load_picture(image, max_pixels, input_data_format)
-                full_sizes.append((picture.height, picture.width))
-                sizes = plan_scales(picture.height, picture.width, cell, min_pixels, max_pixels, tau)
+            for (image, _), low, high in zip(sources, min_budgets, max_budgets, strict=True):
+                picture = load_picture(image, high, input_data_format)
+                full_sizes.append([(picture.height, picture.width)])
+                sizes = plan_scales(picture.height, picture.width, cell, low, high, tau)
                 num_scales.append(len(sizes))
                 num_tokens += count_slot_tokens(sizes, cell=cell)
                 if context_length is not None and num_tokens > context_length:
@@ -429,10 +556,9 @@ class NaViLImageProcessor(BaseImageProcessor):
                 packed.append(patches)
                 grids += grids_of_image
         if context_length is not None and num_tokens > context_length:
-            one_size_each = [[size] for size in full_sizes]
             room = context_length - num_text_tokens
-            fitting = largest_fitting_budget(one_size_each, cell, min_pixels, max_pixels, tau, room)
-            raise context_error(num_tokens, context_length, len(images), fitting)
+            fitting = largest_fitting_budget(full_sizes, cell, min_budgets, max_budgets, tau, room)
+            raise context_error(num_tokens, context_length, len(sources), fitting)
         data = {
             "pixel_values": packed[0] if len(packed) == 1 else np.concatenate(packed),
             "image_grid_thw": np.array(grids, dtype=np.int64),
@@ -465,50 +591,14 @@ class NaViLImageProcessor(BaseImageProcessor):
         channels = patchify(pixels, self.patch_size, self.merge_size).reshape(-1, 3, area)
         in_pairs = area % 2 == 0
         channels = channels.view(np.uint16) if in_pairs else channels
-        normalised = patches.reshape(-1, 3, area)
-        tables = [normalised_bytes(*values, in_pairs) for values in zip(self.image_mean, self.image_std, strict=True)]
+        normalized = patches.reshape(-1, 3, area)
+        channel_values = zip(self.image_mean, self.image_std, strict=True)
+        tables = [normalization_table(*values, in_pairs) for values in channel_values]
         for start in range(0, len(channels), PATCHES_AT_ONCE):
             some = slice(start, start + PATCHES_AT_ONCE)
             for channel, table in enumerate(tables):
                 looked_up = table.take(channels[some, channel], mode="clip")  # "clip": no check, all are inside
-                normalised[some, channel] = looked_up.view(np.float32)
-
-
-def _are_channel_values(values: Any) -> bool:
-    if not isinstance(values, list | tuple) or len(values) != 3:
-        return False
-    return all(map(_is_number, values))
-
-
-def _is_number(value: Any) -> bool:
-    """A finite number that a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def check_switches(settings: dict[str, Any]) -> None:
-    """Raises a ValueError for a setting that asks for another processing than NaViL's."""
-    for name, value in settings.items():
-        if value is None:
-            continue
-        if name not in RELEASED_SETTINGS:
-            raise ValueError(
-                f"the image processor has no setting {name}={value!r:.80}; sizes follow from min_pixels and max_pixels"
-            )
-        if value is not RELEASED_SETTINGS[name]:
-            raise ValueError(f"{name} must be {RELEASED_SETTINGS[name]}, as NaViL was trained; got {value!r:.80}")
-
-
-def flatten_images(images: Any, depth: int = 2) -> list[Any]:
-    """One image, a list of images or a list of such lists, as a flat list.
-
-    Raises:
-        ValueError: lists nested deeper.
-    """
-    if not isinstance(images, list | tuple):
-        return [images]
-    if depth == 0:
-        raise ValueError("images may be a list of images or a list of such lists, got lists nested deeper")
-    return [image for entry in images for image in flatten_images(entry, depth - 1)]
+                normalized[some, channel] = looked_up.view(np.float32)
 
 
 NaViLImageProcessor.register_for_auto_class()

@@ -1,33 +1,37 @@
 """Processor of NaViL: images and prompts, or chat messages, to inputs for `model.generate(**inputs)`."""
 
+import inspect
+import operator
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import load_image as fetch_image
-from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import BatchEncoding
 
 from .image_processing_navil import flatten_images
-from .tokenization_navil import IMAGE_PLACEHOLDER, check_texts, content_parts, expand_image_slots, list_conversations
+from .tokenization_navil import (
+    IMAGE_PLACEHOLDER,
+    content_parts,
+    expand_image_slots,
+    hide_typed_placeholders,
+    list_conversations,
+    show_typed_placeholders,
+)
 
 IGNORE_INDEX = -100
 
-
-class NaViLImagesKwargs(ImagesKwargs, total=False):
-    min_pixels: int | None
-    max_pixels: int | None
-    scale_downsample_ratio: float | None
-    multi_scale: bool | None
-
-
-class NaViLProcessorKwargs(ProcessingKwargs, total=False):
-    images_kwargs: NaViLImagesKwargs
-    _defaults = {"images_kwargs": {"multi_scale": True}, "text_kwargs": {"padding": False}}
+# Not the tokenizer's own: what transformers' processors and chat templates do with them, this processor does not.
+_TEXT_SETTINGS = {*TextKwargs.__annotations__, "return_tensors"} - {
+    "return_mm_token_type_ids",
+    "return_text_replacement_offsets",
+    "sanitize_control_tokens",
+}
 
 
 class NaViLProcessor(ProcessorMixin):
@@ -36,14 +40,48 @@ class NaViLProcessor(ProcessorMixin):
     Args:
         image_processor: a `NaViLImageProcessor`.
         tokenizer: a `NaViLTokenizer`; its chat template is the processor's.
+        chat_template: another template for the tokenizer.
     """
 
-    attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
+    if not hasattr(ProcessorMixin, "get_attributes"):  # transformers 4; 5 reads them off `__init__`
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
+        chat_template = kwargs.pop("chat_template", None)
         super().__init__(image_processor, tokenizer, **kwargs)
+        self.chat_template = chat_template
+
+    @property
+    def chat_template(self) -> Any:
+        """The tokenizer's."""
+        return self.tokenizer.chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: Any) -> None:
+        if template is not None:
+            self.tokenizer.chat_template = template
+
+    @classmethod
+    def get_processor_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, without a chat template, which the tokenizer loads."""
+        settings, kwargs = super().get_processor_dict(*args, **kwargs)
+        settings.pop("chat_template", None)
+        return settings, kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers 4, which looks for the image processor in `preprocessor_config.json` alone."""
+        return {name: value for name, value in super().to_dict().items() if name != "image_processor"}
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """As in transformers, as files that transformers 4 and 5 read, with one copy of each setting."""
+        saved = super().save_pretrained(str(save_directory), **kwargs)
+        self.image_processor.save_pretrained(save_directory)
+        Path(save_directory, "chat_template.json").unlink(missing_ok=True)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return saved
 
     def __call__(
         self,
@@ -57,38 +95,69 @@ class NaViLProcessor(ProcessorMixin):
         """Packs images and tokenizes prompts that say `<image>` once per image.
 
         Args:
-            images: an image (PIL, path or array) or a list of them in the order of their placeholders, or one such
-                list per prompt.
+            images: an image, as the image processor takes it, or a list of them in the order of their placeholders, or
+                one such list per prompt.
             text: a prompt or a list of prompts.
             audio, videos: not supported, must be None.
             allow_control_tokens: let slot tokens through that are in a prompt already.
             kwargs: settings of the image processor (`multi_scale`, True by default, `min_pixels`, `max_pixels`,
-                `scale_downsample_ratio`) and of the tokenizer (`padding`, `return_tensors`, ...).
+                `scale_downsample_ratio`) and of the tokenizer (`padding`, `return_tensors`, ...), also in
+                `images_kwargs` and `text_kwargs`.
 
         Returns:
             `input_ids` and `attention_mask` (B, L); with images also `pixel_values` (patches, 3 * p * p),
             `image_grid_thw` (scales, 3) and `num_scales` (images,).
 
         Raises:
-            ValueError: no text, another number of images than of placeholders, slot tokens in the text, audio or video.
+            ValueError: no text, another number of images than of placeholders, slot tokens in the text, audio, video or
+                an unknown keyword.
         """
-        if text is None or not isinstance(text, str) and not text:
-            raise ValueError("text is required")
-        check_texts(text)
+        texts = [text] if isinstance(text, str) else list(text or ())
+        if not texts or not all(isinstance(prompt, str) for prompt in texts):
+            raise ValueError(f"text must be a prompt or a list of prompts, got {text!r:.80}")
         if audio is not None or videos is not None:
             raise ValueError("NaViL takes images and text, not audio or video")
-        options = self._merge_kwargs(NaViLProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        texts = [text] if isinstance(text, str) else list(text)
-        features: dict[str, Any] = {}
-        grids, num_scales = [], []
-        if images is not None and flatten_images(images):
-            _check_rows(images, texts)
-            features = dict(self.image_processor(images, **options["images_kwargs"]))
-            grids, num_scales = features["image_grid_thw"].tolist(), features["num_scales"].tolist()
-        texts = expand_image_slots(texts, grids, num_scales, self.image_processor.merge_size, allow_control_tokens)
-        return_tensors = options["text_kwargs"].pop("return_tensors", None)
-        encoded = self._tokenize(texts, **options["text_kwargs"])
+        image_settings, text_settings, others = self._split_settings(kwargs)
+        unknown = [f"{name}={value!r:.40}" for name, value in others.items() if value]
+        if unknown:
+            known = sorted({*self._image_settings(), *_TEXT_SETTINGS})
+            raise ValueError(f"unknown keyword {', '.join(unknown)}: the processor takes {', '.join(known)}")
+        _check_rows(images, texts)
+        images = [] if images is None else flatten_images(images)
+        texts, features = self._fill_slots(texts, images, image_settings, allow_control_tokens)
+        return_tensors = text_settings.pop("return_tensors", None)
+        encoded = self._tokenize([show_typed_placeholders(prompt) for prompt in texts], **text_settings)
         return BatchFeature({**encoded, **features}, tensor_type=return_tensors)
+
+    def _image_settings(self) -> list[str]:
+        parameters = inspect.signature(self.image_processor.preprocess).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
+        return [name for name in names if name not in ("images", "return_tensors")]
+
+    def _split_settings(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Keywords -> the image processor's, the tokenizer's, and others."""
+        given = dict(given)
+        given |= given.pop("common_kwargs", None) or {}
+        image_settings = {"multi_scale": True, **(given.pop("images_kwargs", None) or {})}
+        text_settings = {"padding": False, **(given.pop("text_kwargs", None) or {})}
+        known, others = self._image_settings(), {}
+        for name, value in given.items():
+            if name in known:
+                image_settings[name] = value
+            elif name in _TEXT_SETTINGS:
+                text_settings[name] = value
+            else:
+                others[name] = value
+        return image_settings, text_settings, others
+
+    def _fill_slots(
+        self, texts: Sequence[str], images: list[Any], settings: dict[str, Any], allow_control_tokens: bool
+    ) -> tuple[list[str], dict[str, Any]]:
+        """The texts with a slot for every image, and the images' inputs."""
+        features = dict(self.image_processor(images, **settings)) if images else {}
+        grids, num_scales = (features[name].tolist() if images else [] for name in ("image_grid_thw", "num_scales"))
+        merge_size = self.image_processor.merge_size
+        return expand_image_slots(texts, grids, num_scales, merge_size, allow_control_tokens), features
 
     def _tokenize(self, texts: Sequence[str], **options: Any) -> BatchEncoding:
         # The chat template writes <s> itself where the tokenizer does.
@@ -105,54 +174,70 @@ class NaViLProcessor(ProcessorMixin):
         allow_control_tokens: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """As in transformers, images in the messages included.
 
         Args:
             conversation: messages, or a batch of conversations. A message's content is a text or a list of
-                `{"type": "text", "text": ...}` and `{"type": "image", "image" | "path" | "url" | "base64": ...}`.
+                `{"type": "text", "text": ...}` and `{"type": "image", ...}`, with `image`, `path`, `url`, `base64` or
+                `bytes`, and `min_pixels` or `max_pixels` of that picture if they differ; or OpenAI's `image_url`.
             add_generation_prompt: None adds it when a user speaks last, so that the result goes into `generate`.
-            allow_control_tokens: let special tokens through that are typed in a message.
-            kwargs: for `__call__`, when `tokenize`.
+            allow_control_tokens: let special tokens through that are typed in a message. `<image>` in a text is text.
+            processor_kwargs, kwargs: settings for `__call__`, when `tokenize`; other `kwargs` are variables of the
+                template, such as `tools`, `system_message` and `enable_thinking`.
 
         Raises:
-            ValueError: no message, content of an unknown kind, an unreadable image, or a special token in a message.
+            ValueError: no message, content of an unknown kind, an unreadable image, a special token in a message, or a
+                keyword that neither the processor nor the template knows.
         """
+        *_, variables = self._split_settings(kwargs)
         conversations = list_conversations(conversation)
+        images = [[image for message in messages for image in _images_of(message)] for messages in conversations]
         is_batched = not isinstance(conversation[0], dict)
         if add_generation_prompt is None:
             asked = [messages[-1]["role"] == "user" for messages in conversations]
             add_generation_prompt = all(asked) and not continue_final_message
         prompts = self.tokenizer.apply_chat_template(
-            conversations,
-            chat_template=chat_template or self.chat_template,
+            [hide_typed_placeholders(messages) for messages in conversations] if tokenize else conversations,
+            chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             allow_control_tokens=allow_control_tokens,
             tokenize=False,
+            **variables,
         )
         if not tokenize:
             return prompts if is_batched else prompts[0]
-        images = [[image for message in messages for image in _images_of(message)] for messages in conversations]
-        features = self(images=images, text=prompts, allow_control_tokens=allow_control_tokens, **kwargs)
+        settings = {name: value for name, value in kwargs.items() if name not in variables} | (processor_kwargs or {})
+        features = self(images=images, text=prompts, allow_control_tokens=allow_control_tokens, **settings)
         return features if return_dict else features["input_ids"]
 
     def training_batch(
-        self, examples: Sequence[dict[str, Any]], row_length: int | None = None, **images_kwargs: Any
+        self,
+        examples: Sequence[dict[str, Any]],
+        row_length: int | None = None,
+        allow_control_tokens: bool = False,
+        **image_settings: Any,
     ) -> BatchFeature:
         """Conversations to a batch that trains on their answers: the `data_collator` of a `Trainer`.
 
+        With settings it is a collator by `functools.partial(processor.training_batch, row_length=4096)`.
+
         Args:
             examples: `{"messages": ...}` each, a conversation as `apply_chat_template` takes it.
-            row_length: None gives every conversation its own row. A number packs several into a row of up to so many
-                tokens, and they do not see each other.
-            images_kwargs: settings of the image processor, as in `__call__`.
+            row_length: None gives every conversation its own row. A number packs several into a row of at most this
+                many tokens, and they do not see each other.
+            allow_control_tokens: let special tokens through that are typed in a message, to train tokens that were
+                added to the tokenizer.
+            image_settings: settings of the image processor, as in `__call__`.
 
         Returns:
             `input_ids` and `labels` (B, L), padded on the right; labels are every answer with the token that ends it,
             and -100 elsewhere. `attention_mask` (B, L); packed, (B, 1, L, L) bool, block-diagonal and causal, with
-            `position_ids` (B, L) that start anew. The images' inputs as in `__call__`, if there are any.
+            `position_ids` (B, L) that start at 0 in every conversation. The images' inputs as in `__call__`, if there
+            are any.
 
         Raises:
             ValueError: an example whose messages do not end with an answer, an image in an answer, or more than
@@ -160,8 +245,10 @@ class NaViLProcessor(ProcessorMixin):
         """
         if not examples:
             raise ValueError("expected at least one example, got none")
-        encoded = [self.encode_conversation(example, **images_kwargs) for example in examples]
-        rows = [[conversation] for conversation in encoded] if row_length is None else fill_rows(encoded, row_length)
+        encoded = [self.encode_conversation(example, allow_control_tokens, **image_settings) for example in examples]
+        rows = [[conversation] for conversation in encoded]
+        if row_length is not None:
+            rows = fill_rows(encoded, operator.index(row_length))
         batch = join_rows(rows, self.tokenizer.pad_token_id)
         sample_index, position_ids = batch.pop("sample_index"), batch.pop("position_ids")
         if row_length is None:
@@ -169,23 +256,24 @@ class NaViLProcessor(ProcessorMixin):
         attention_mask = block_diagonal_mask(sample_index)
         return BatchFeature({**batch, "attention_mask": attention_mask, "position_ids": position_ids})
 
-    def encode_conversation(self, example: dict[str, Any], **images_kwargs: Any) -> "Conversation":
+    def encode_conversation(
+        self, example: dict[str, Any], allow_control_tokens: bool = False, **image_settings: Any
+    ) -> "Conversation":
         """One example of a `training_batch`: its ids, its labels and its images' inputs; arguments as there.
 
         Raises:
             ValueError: an example whose messages do not end with an answer, or an image in an answer.
         """
-        images_kwargs = {**NaViLProcessorKwargs._defaults["images_kwargs"], **images_kwargs}
-        messages = example.get("messages") if isinstance(example, dict) else None
-        if not messages:
+        if not isinstance(example, dict) or "messages" not in example:
             raise ValueError(f"an example is a dict with a conversation as its `messages`, got {example!r:.80}")
-        stretches = self._split_at_answers(messages)
+        [messages] = list_conversations(example["messages"])
         images = [image for message in messages for image in _images_of(message)]
-        features = dict(self.image_processor(images, **images_kwargs, return_tensors="pt")) if images else {}
-        grids, num_scales = (features[name].tolist() if images else [] for name in ("image_grid_thw", "num_scales"))
-        stretches = expand_image_slots(stretches, grids, num_scales, self.image_processor.merge_size)
+        stretches = self._split_at_answers(hide_typed_placeholders(messages), allow_control_tokens)
+        settings = {"multi_scale": True, **image_settings, "return_tensors": "pt"}
+        stretches, features = self._fill_slots(stretches, images, settings, allow_control_tokens)
+        stretches = [show_typed_placeholders(text) for text in stretches]
         ends = list(accumulate(map(len, stretches)))
-        answers = list(zip(ends[::2], ends[1::2], strict=True))  # prompt and answer take turns
+        answers = list(zip(ends[::2], ends[1::2], strict=True))  # prompt and answer alternate
         encoding = self._tokenize(["".join(stretches)], return_offsets_mapping=True)
         [input_ids], [offsets] = encoding["input_ids"], encoding["offset_mapping"]
         labels = [
@@ -194,9 +282,9 @@ class NaViLProcessor(ProcessorMixin):
         ]
         return Conversation(torch.tensor(input_ids), torch.tensor(labels), features)
 
-    def _split_at_answers(self, messages: Sequence[dict[str, Any]]) -> list[str]:
+    def _split_at_answers(self, messages: Sequence[dict[str, Any]], allow_control_tokens: bool) -> list[str]:
         """The text of a conversation, cut where an answer begins and behind the token that ends it."""
-        answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         is_whole = answers and answers[0] > 0 and answers[-1] == len(messages) - 1
         if not is_whole or any(_images_of(messages[index]) for index in answers):
             raise ValueError(
@@ -205,9 +293,14 @@ class NaViLProcessor(ProcessorMixin):
         stretches, written = [], ""
         for index in answers:
             for known, is_prompt in ((messages[:index], True), (messages[: index + 1], False)):
-                text = self.apply_chat_template(known, add_generation_prompt=is_prompt)
+                text = self.tokenizer.apply_chat_template(
+                    known,
+                    add_generation_prompt=is_prompt,
+                    allow_control_tokens=allow_control_tokens,
+                    tokenize=False,
+                )
                 if not text.startswith(written):
-                    raise ValueError("the chat template writes a conversation's beginning anew after each message")
+                    raise ValueError("the chat template is not prefix-stable: a message changes the text before it")
                 stretches.append(text[len(written) :])
                 written = text
         return stretches
@@ -243,21 +336,9 @@ def _check_rows(images: Any, texts: Sequence[str]) -> None:
             )
 
 
-def _images_of(message: dict[str, Any]) -> list[Any]:
-    """A message's images, as the image processor takes them."""
-    return [_image_source(part) for part in content_parts(message) if part["type"] == "image"]
-
-
-def _image_source(part: dict[str, Any]) -> Any:
-    source = next((part[key] for key in ("image", "path", "url", "base64") if key in part), None)
-    if source is None:
-        raise ValueError(f"an image part needs one of image, path, url or base64; got {part!r:.80}")
-    if isinstance(source, str) and ("base64" in part or source.startswith(("http://", "https://", "data:"))):
-        try:
-            source = fetch_image(source)
-        except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"cannot read an image from {source!r:.80}: {error}") from error
-    return source
+def _images_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The image parts of a message of `list_conversations`, which the image processor takes as they are."""
+    return [part for part in content_parts(message) if part["type"] == "image"]
 
 
 # -- training batches --------------------------------------------------------------------------------------------------

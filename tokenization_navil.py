@@ -4,12 +4,16 @@ messages -> chat template -> prompt with one `<image>` per image
          -> image slots   -> prompt with one `<IMG_CONTEXT>` per visual token -> ids
 """
 
+import inspect
+import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
+from jinja2 import Environment
 from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -33,8 +37,18 @@ DEFAULT_SYSTEM_MESSAGE = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
 
-# Padding and truncation are settings of the Rust tokenizer: while one thread changes them, no other may be at work.
+# Padding and truncation are settings of the Rust tokenizer: while one thread changes them, no other may use it. A child
+# process inherits the locks of Rust and Jinja as they are, so a process forks while no thread holds them.
 _RUST_TOKENIZER = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_RUST_TOKENIZER.acquire,
+        after_in_parent=_RUST_TOKENIZER.release,
+        after_in_child=_RUST_TOKENIZER.release,
+    )
+
+# What the Rust tokenizer keeps of the last truncated or padded call, and transformers then takes for a setting.
+_CALL_SETTINGS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id")
 
 # What a template puts behind "assistant\n", in history and before a new answer.
 ASSISTANT_PREFIXES = {"internlm2-chat": "", "Hermes-2": "", "qwen3-chat": "<think>\n\n</think>\n\n"}
@@ -43,9 +57,13 @@ ASSISTANT_PREFIXES = {"internlm2-chat": "", "Hermes-2": "", "qwen3-chat": "<thin
 def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE, begins_with_bos: bool = False) -> str:
     """The Jinja chat template of a released template name.
 
+    It reads `messages`, `add_generation_prompt` and `system_message`; `qwen3-chat` also `enable_thinking`, which leaves
+    the empty thoughts out of the generation prompt.
+
     Args:
         template: `internlm2-chat`, `Hermes-2` or `qwen3-chat`.
-        system_message: said when a conversation does not begin with a system message; may be empty.
+        system_message: the default of the variable of that name, said when a conversation does not begin with a system
+            message; may be empty.
         begins_with_bos: whether the tokenizer puts its bos token in front of a text; the template then does.
 
     Raises:
@@ -53,7 +71,8 @@ def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE, b
     """
     if template not in ASSISTANT_PREFIXES:
         raise ValueError(f"template must be one of {sorted(ASSISTANT_PREFIXES)}, got {template!r}")
-    prefix = _jinja_string(ASSISTANT_PREFIXES[template])
+    prefix = ASSISTANT_PREFIXES[template]
+    generation_prefix = f"('' if enable_thinking else {_jinja_string(prefix)})" if prefix else "''"
     return (
         ("{{- bos_token -}}" if begins_with_bos else "") + "{%- macro text(content) -%}"
         "{%- if content is string -%}{{- content -}}"
@@ -63,15 +82,29 @@ def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE, b
         "{%- endfor -%}{%- endif -%}"
         "{%- endmacro -%}"
         "{%- if not messages or messages[0].role != 'system' -%}"
-        f"{{{{- '<|im_start|>system\\n' + {_jinja_string(system_message)} + '<|im_end|>' -}}}}"
+        "{{- '<|im_start|>system\\n' -}}"
+        f"{{{{- system_message | default({_jinja_string(system_message)}) + '<|im_end|>' -}}}}"
         "{%- endif -%}"
         "{%- for message in messages -%}"
         "{{- '<|im_start|>' + message.role + '\\n' -}}"
-        f"{{%- if message.role == 'assistant' -%}}{{{{- {prefix} -}}}}{{%- endif -%}}"
+        f"{{%- if message.role == 'assistant' -%}}{{{{- {_jinja_string(prefix)} -}}}}{{%- endif -%}}"
         "{{- text(message.content) + '<|im_end|>' -}}"
         "{%- endfor -%}"
-        f"{{%- if add_generation_prompt -%}}{{{{- '<|im_start|>assistant\\n' + {prefix} -}}}}{{%- endif -%}}"
+        f"{{%- if add_generation_prompt -%}}{{{{- '<|im_start|>assistant\\n' + {generation_prefix} -}}}}{{%- endif -%}}"
     )
+
+
+def _without_system_message(template: str) -> str:
+    """What is the same in every `chat_template` of one name."""
+    return re.sub(r"default\('(?:[^'\\]|\\.)*'\)", "", template.removeprefix("{{- bos_token -}}"))
+
+
+@lru_cache
+def template_names(template: str) -> frozenset[str]:
+    """Every name in the expressions of a Jinja template but those of attributes: the variables that it can read."""
+    tokens = [(kind, text) for _, kind, text in Environment().lex(template) if kind != "whitespace"]
+    pairs = zip([("operator", ""), *tokens], tokens, strict=False)
+    return frozenset(text for (_, before), (kind, text) in pairs if kind == "name" and before != ".")
 
 
 def _jinja_string(text: str) -> str:
@@ -110,14 +143,11 @@ def expand_image_slots(
         allow_control_tokens: let slot tokens through that are in a text already.
 
     Raises:
-        ValueError: another number of placeholders than of images, scales that do not add up, or a slot token that
-            is in a text already.
+        ValueError: the numbers of placeholders and images differ, scales do not add up, or a slot token is in a text.
     """
     if not allow_control_tokens:
         for text in texts:
             reject_tokens(text, SLOT_TOKENS)
-    if min(num_scales, default=0) < 0:
-        raise ValueError(f"num_scales must not be negative, got {list(num_scales)}")
     if sum(num_scales) != len(grids):
         raise ValueError(f"num_scales adds up to {sum(num_scales)} scales but image_grid_thw has {len(grids)}")
     num_placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
@@ -128,6 +158,26 @@ def expand_image_slots(
     scale = iter(grids)
     slots = iter([image_slot([next(scale) for _ in range(count)], merge_size) for count in num_scales])
     return [re.sub(re.escape(IMAGE_PLACEHOLDER), lambda _: next(slots), text) for text in texts]
+
+
+# What stands for an `<image>` that is typed in a message while the slots are filled: no text that can be tokenized.
+_TYPED_PLACEHOLDER = "<image\udfff>"
+
+
+def hide_typed_placeholders(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of `list_conversations`, with every `<image>` in a text hidden from `expand_image_slots`."""
+
+    def hide(content: Any) -> Any:
+        if isinstance(content, str):
+            return content.replace(IMAGE_PLACEHOLDER, _TYPED_PLACEHOLDER)
+        return [{**part, "text": hide(part["text"])} if part["type"] == "text" else part for part in content]
+
+    return [{**message, "content": hide(message["content"])} for message in messages]
+
+
+def show_typed_placeholders(text: str) -> str:
+    """Undoes `hide_typed_placeholders` in a prompt."""
+    return text.replace(_TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER)
 
 
 def put_images_in_front(question: str, num_images: int) -> str:
@@ -143,11 +193,12 @@ def reject_tokens(text: str, tokens: Sequence[str]) -> None:
 
 
 class NaViLTokenizer(PreTrainedTokenizerFast):
-    """Fast tokenizer with the 12 image tokens, left padding and a chat template.
+    """Fast tokenizer with the 12 image tokens, left padding and a chat template; threads may share it.
 
     Args:
         tokenizer_file, tokenizer_object: a `tokenizer.json` or a `tokenizers.Tokenizer` that knows the image tokens.
-        template: released name of the chat template, used unless `chat_template` is given.
+            Truncation and padding saved in it are dropped: they belong to a call.
+        template: released name of the chat template, used unless `chat_template` is given and not a released one.
         system_message: default system message of that template.
         spaces_between_special_tokens: whether `decode` sets special tokens off by blanks, as InternLM2's
             SentencePiece tokenizer does.
@@ -170,6 +221,8 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
     ):
         kwargs.setdefault("padding_side", "left")
         kwargs.setdefault("clean_up_tokenization_spaces", False)
+        if isinstance(kwargs.get("extra_special_tokens"), list):  # as transformers 5 saves them and 4 cannot read them
+            kwargs["additional_special_tokens"] = kwargs.pop("extra_special_tokens")
         super().__init__(
             *args,
             template=template,
@@ -177,8 +230,13 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
             spaces_between_special_tokens=spaces_between_special_tokens,
             **kwargs,
         )
+        self._drop_call_settings()
+        self.template = template
+        self.system_message = system_message
         self.spaces_between_special_tokens = spaces_between_special_tokens
-        if self.chat_template is None:
+        released = [_without_system_message(chat_template(name)) for name in ASSISTANT_PREFIXES]
+        given = self.chat_template
+        if given is None or isinstance(given, str) and _without_system_message(given) in released:
             begins_with_bos = self.bos_token is not None and self("")["input_ids"][:1] == [self.bos_token_id]
             self.chat_template = chat_template(template, system_message, begins_with_bos)
         vocabulary = self.get_vocab()
@@ -191,21 +249,42 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         """Constructor arguments: the whole `tokenizer.json`, where transformers 5 would take its vocabulary."""
         return kwargs
 
-    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, from several threads too.
+    def _drop_call_settings(self) -> None:
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        for name in _CALL_SETTINGS:
+            self.init_kwargs.pop(name, None)
 
-        Raises:
-            ValueError: something else than a text or (nested) lists of texts, or a text with a lone surrogate.
-        """
-        if text is not None:
-            check_texts(text)
+    # Every use of the Rust tokenizer that changes its settings or leaves Python's lock goes through one of these. In
+    # transformers 4 all encoding ends in `_batch_encode_plus`, in 5 in `_encode_plus`.
+
+    def _batch_encode_plus(self, batch_text_or_text_pairs: Any, *args: Any, **kwargs: Any) -> Any:
+        check_encodable(batch_text_or_text_pairs)
         with _RUST_TOKENIZER:
-            return super().__call__(text, *args, **kwargs)
+            return super()._batch_encode_plus(batch_text_or_text_pairs, *args, **kwargs)
+
+    def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+        check_encodable(text)
+        with _RUST_TOKENIZER:
+            return super()._encode_plus(text, *args, **kwargs)
+
+    def _add_tokens(self, *args: Any, **kwargs: Any) -> int:
+        with _RUST_TOKENIZER:
+            return super()._add_tokens(*args, **kwargs)
+
+    def _save_pretrained(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        with _RUST_TOKENIZER:
+            self._drop_call_settings()
+            return super()._save_pretrained(*args, **kwargs)
 
     def apply_chat_template(
         self,
         conversation: Any,
+        tools: Any = None,
+        documents: Any = None,
+        chat_template: str | None = None,
         *args: Any,
+        system_message: str | None = None,
         allow_control_tokens: bool = False,
         continue_final_message: bool = False,
         **kwargs: Any,
@@ -214,10 +293,15 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
 
         The marks of a grounded answer (`<ref>`, `<box>`, `<quad>` and their ends) are content and always allowed.
 
+        Args:
+            conversation: messages, or a batch of conversations; see `list_conversations`.
+            system_message: said when a conversation does not begin with a system message; None means the tokenizer's.
+            kwargs: the other keywords of transformers, and variables of the template.
+
         Raises:
             ValueError: no message, an unknown role or kind of content, a special token typed in a message, which
-                would forge a turn or an image slot, or a final message to continue that is blank or cannot be told
-                from the end of its turn.
+                would forge a turn or an image slot, a variable that the template does not read, or a final message to
+                continue that is blank or cannot be told from the end of its turn.
         """
         conversations = list_conversations(conversation)
         texts = [text for messages in conversations for message in messages for text in _message_texts(message)]
@@ -228,7 +312,23 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         if continue_final_message:
             for messages in conversations:
                 _check_continuable(messages[-1])
-        return super().apply_chat_template(conversation, *args, continue_final_message=continue_final_message, **kwargs)
+        with _RUST_TOKENIZER:
+            variables = {"tools": tools, "documents": documents, "system_message": system_message}
+            variables |= {name: value for name, value in kwargs.items() if name not in _KEYWORDS}
+            known = template_names(self.get_chat_template(chat_template, tools))
+            unread = [f"{name}={value!r:.40}" for name, value in variables.items() if value and name not in known]
+            if unread:
+                raise ValueError(f"unknown keyword {', '.join(unread)}: the chat template does not read it")
+            return super().apply_chat_template(
+                conversations if _is_list(conversation[0]) else conversations[0],
+                tools,
+                documents,
+                chat_template,
+                *args,
+                system_message=self.system_message if system_message is None else system_message,
+                continue_final_message=continue_final_message,
+                **kwargs,
+            )
 
     def _reserved_tokens(self) -> list[str]:
         """Every special token of the vocabulary but the marks of a grounded answer."""
@@ -284,41 +384,69 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         return text
 
 
-def check_texts(texts: Any) -> None:
-    """Raises a ValueError for anything but texts, or lists of them, that can be written as UTF-8."""
-    if isinstance(texts, list | tuple):
-        for text in texts:
-            check_texts(text)
-        return
-    if not isinstance(texts, str):
-        raise ValueError(f"expected a text, got {type(texts).__name__}")
-    try:
+_KEYWORDS = inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
+
+
+def check_encodable(texts: Any) -> None:
+    """Raises a UnicodeEncodeError, which is a ValueError, for a text with a lone surrogate, as broken JSON has."""
+    if isinstance(texts, str):
         texts.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text has a lone surrogate {texts[error.start]!r} at character {error.start}") from error
+    elif _is_list(texts):
+        for text in texts:
+            check_encodable(text)
 
 
 def list_conversations(conversation: Any) -> list[list[dict[str, Any]]]:
-    """A conversation, or a batch of them, as a list of conversations.
+    """A conversation, or a batch of them, as a list of conversations in one form, which every chat template can read.
+
+    A message's content is a text or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", ...}` with
+    what the image processor takes, or OpenAI's `{"type": "image_url", "image_url": ...}`, which becomes an image part.
+    Keys that are None, as Arrow fills them in, are dropped.
 
     Raises:
-        ValueError: no message, an unknown role or something else than messages.
+        ValueError: no message, an unknown role, something else than messages, or content of another kind.
     """
     batch = conversation if _is_list(conversation) and conversation and _is_list(conversation[0]) else [conversation]
     for messages in batch:
         if not _is_list(messages) or not messages:
-            given = "none" if _is_list(messages) else repr(messages)[:80]
-            raise ValueError(f"expected at least one message, got {given}")
-        for message in messages:
-            if not isinstance(message, dict):
-                raise ValueError(f"a message must be a dict of role and content, got {message!r:.80}")
-            if message.get("role") not in ROLES:
-                raise ValueError(f"a message's role must be one of {ROLES}, got {message.get('role')!r:.80}")
-    return list(batch)
+            raise ValueError(f"expected a list with at least one message, got {messages!r:.80}")
+    return [[_read_message(message) for message in messages] for messages in batch]
+
+
+def _read_message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f"a message must be a dict of role and content, got {message!r:.80}")
+    message = _given(message)
+    if message.get("role") not in ROLES:
+        raise ValueError(f"a message's role must be one of {ROLES}, got {message.get('role')!r:.80}")
+    content = message.get("content")
+    if isinstance(content, str):
+        return message
+    return {**message, "content": [_read_part(part) for part in (content if _is_list(content) else [content])]}
+
+
+def _read_part(part: Any) -> dict[str, Any]:
+    read = _given(part) if isinstance(part, dict) else {}
+    kind = read.get("type")
+    if kind == "text" and isinstance(read.get("text"), str):
+        return read
+    if kind not in ("image", "image_url"):
+        raise ValueError(f"content is a text or a list of text and image parts; got {part!r:.80}")
+    return {**read, "type": "image"}
+
+
+def _given(entries: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if value is not None}
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
+
+
+def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a message of `list_conversations`; a text is one part."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _message_texts(message: dict[str, Any]) -> Iterator[str]:
@@ -336,21 +464,6 @@ def _check_continuable(message: dict[str, Any]) -> None:
         raise ValueError(
             f"a message with the text {text!r:.80} cannot be continued: it is blank or part of {END_OF_TURN}"
         )
-
-
-def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """A message's content as a list of `{"type": "text", "text": ...}` and `{"type": "image", ...}`.
-
-    Raises:
-        ValueError: content of another kind.
-    """
-    content = message.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    for part in parts if _is_list(parts) else [parts]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not (kind == "image" or kind == "text" and isinstance(part.get("text"), str)):
-            raise ValueError(f"content is a text or a list of text and image parts; got {part!r:.80}")
-    return list(parts)
 
 
 NaViLTokenizer.register_for_auto_class()

@@ -94,8 +94,7 @@ def test_template_is_the_recorded_prompt(recording):
 
 
 def rendered(template: str, system_message: str, messages: list[dict], **options) -> str:
-    tokenizer = blank_tokenizer()
-    tokenizer.chat_template = chat_template(template, system_message)
+    tokenizer = blank_tokenizer(template=template, system_message=system_message)
     return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
