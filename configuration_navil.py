@@ -168,6 +168,7 @@ class NaViLTextConfig(_NaViLPartConfig):
 
     model_type = "navil_text"
     base_config_key = "text_config"
+    rope_scaling = None  # a plain attribute: transformers 5 warns where its own property of this name is set
     base_model_tp_plan = {
         f"layers.*.{block}.{modality}.{name}": "rowwise" if name in ("o_proj", "down_proj") else "colwise"
         for block, names in _EXPERT_PROJECTIONS.items()
@@ -198,7 +199,7 @@ class NaViLTextConfig(_NaViLPartConfig):
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ):
-        # transformers 5 saves the scaling under another name, beside the base.
+        # The name under which transformers 5 saved the scaling.
         rope_scaling = kwargs.pop("rope_parameters", None) or rope_scaling
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.vocab_size = vocab_size
@@ -217,7 +218,7 @@ class NaViLTextConfig(_NaViLPartConfig):
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.max_position_embeddings = max_position_embeddings
-        self.rope_scaling = rope_scaling  # transformers 5 checks it against the line above
+        self.rope_scaling = rope_scaling
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range
         self.use_cache = use_cache

@@ -16,7 +16,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 from transformers.models.auto.processing_auto import AutoProcessor
-from transformers.utils import can_return_tuple, is_flash_attn_2_available
+from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple, is_flash_attn_2_available
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 # transformers copies the modules that this one imports itself, and not what they import: all of them are named here.
@@ -60,6 +60,9 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""How outputs call the cache: another name since transformers 5.24."""
 
 IGNORE_INDEX = -100
 
@@ -824,7 +827,7 @@ class NaViLTextModel(NaViLPreTrainedModel):
         hidden_states.append(last_hidden_state)
         return BaseModelOutputWithPast(
             last_hidden_state=last_hidden_state,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: past_key_values if use_cache else None},
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
@@ -1124,7 +1127,16 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
                     "use_flash_attn=True needs an NVIDIA GPU and the package flash-attn; "
                     "without use_flash_attn the model runs on torch's own attention"
                 )
-        return super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **kwargs)
+        if kwargs.get("subfolder") and kwargs.get("generation_config") is None:
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            file = f"{kwargs['subfolder']}/{GENERATION_CONFIG_NAME}"
+            source = {
+                name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs
+            }
+            with suppress(OSError):  # transformers 5 reads the root's file, not the subfolder's
+                model.generation_config = GenerationConfig.from_pretrained(args[0], file, **source)
+        return loaded
 
     @property
     def vision_model(self) -> NaViLVisionModel:
@@ -1275,7 +1287,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
