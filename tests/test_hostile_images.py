@@ -61,7 +61,7 @@ def test_16_bit_gray_keeps_its_steps(mode, tmp_path):
 
 
 @pytest.mark.parametrize("transparency", [3, bytes(range(256))])
-def test_transparency_shows_the_stored_color(transparency, tmp_path):
+def test_transparency_shows_the_stored_colour(transparency, tmp_path):
     image = Image.fromarray(GRADIENT).convert("P")
     image.save(tmp_path / "palette.png", transparency=transparency)
     with warnings.catch_warnings():
