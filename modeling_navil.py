@@ -35,6 +35,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 from transformers.models.auto.processing_auto import AutoProcessor
+from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple, is_flash_attn_2_available
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
@@ -49,7 +50,7 @@ from .image_processing_navil import (
     possible_sizes,
 )
 from .processing_navil import NaViLProcessor
-from .tokenization_navil import IMAGE_START_TOKEN, IMAGE_TOKEN
+from .tokenization_navil import IMAGE_START_TOKEN, IMAGE_TOKEN, NaViLTokenizer
 
 if is_flash_attn_2_available():
     from flash_attn import flash_attn_varlen_func
@@ -890,7 +891,7 @@ def next_token_loss(
     Returns:
         The loss, 0 with zero gradients where there is nothing to learn.
     """
-    labels = labels[:, 1:].to(logits.device)
+    labels = labels[:, 1:].to(logits.device, torch.long)
     counted = labels != IGNORE_INDEX
     # In float32 only where something is to be learned: a long prompt's logits are the largest tensor there is.
     losses = F.cross_entropy(logits[:, :-1][counted].float(), labels[counted], reduction="none")
@@ -1458,8 +1459,9 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
 
 
 NaViLForConditionalGeneration.register_for_auto_class("AutoModel")
-# transformers' pipelines look in these tables for the processor and for the models that they know; Trainer's label
-# smoothing shifts the labels of those in the second.
+# transformers' pipelines look in these tables for the tokenizer, the processor and the models that they know; Trainer's
+# label smoothing shifts the labels of those in the last.
+AutoTokenizer.register(NaViLConfig, fast_tokenizer_class=NaViLTokenizer, exist_ok=True)
 AutoProcessor.register(NaViLConfig, NaViLProcessor, exist_ok=True)
 for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
     names["navil"] = NaViLForConditionalGeneration.__name__

@@ -194,3 +194,30 @@ def test_one_training_step(recording, checkpointing):
         losses.append(loss.item())
     assert losses[0] == pytest.approx(recording.tensors("single")["loss"].item(), abs=1e-4)
     assert losses[1] < losses[0]
+
+
+PLAIN_USE = """
+import sys
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+root, image = sys.argv[1:]
+load = dict(subfolder="tiny", trust_remote_code=True)
+model = AutoModel.from_pretrained(root, **load).eval()
+tokenizer = AutoTokenizer.from_pretrained(root, **load)
+processor = AutoProcessor.from_pretrained(root, **load)
+AutoImageProcessor.from_pretrained(root, **load)
+content = [{"type": "image", "path": image}, {"type": "text", "text": "Which bar is the highest?"}]
+options = dict(tokenize=True, return_dict=True, return_tensors="pt")
+inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+output = model.generate(**inputs)
+print(model.chat(tokenizer, image, content[1]["text"]), end=" ")
+print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+
+
+def test_plain_use_prints_the_answer_and_nothing_else(tmp_path, monkeypatch):
+    """No warning of transformers or of us: neither at the load of any part nor in a chat."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    command = [sys.executable, "-c", PLAIN_USE, str(ROOT), str(ROOT / "examples" / "chart.png")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("B B\n", "")

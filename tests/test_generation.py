@@ -8,7 +8,16 @@ from threading import Thread
 import pytest
 import torch
 from conftest import ROOT, recorded_image, relative_error
-from transformers import AutoModel, AutoProcessor, CompileConfig, TextIteratorStreamer
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    TextIteratorStreamer,
+    WatermarkingConfig,
+    pipeline,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks import chat_session
@@ -60,6 +69,75 @@ def test_batch_with_different_numbers_of_images_equals_one_by_one(recording):
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------
+
+
+def test_transition_scores_are_the_log_probabilities(recording):
+    inputs = encode(recording, messages("What is it?", IMAGES[0]))
+    output = recording.model.generate(**inputs, **SHORT, output_scores=True, return_dict_in_generate=True)
+    scores = recording.model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+    expected = [logits.log_softmax(-1).max() for logits in output.scores]
+    assert torch.allclose(scores[0], torch.stack(expected))
+
+
+def test_watermark_changes_the_tokens(recording):
+    inputs = encode(recording, messages("What is it?", IMAGES[0]))
+    marked = new_ids(recording, inputs, watermarking_config=WatermarkingConfig(bias=50.0, seeding_scheme="selfhash"))
+    assert not torch.equal(marked, new_ids(recording, inputs))
+
+
+def test_prefill_in_chunks_is_the_same_for_text_and_refused_with_images(recording):
+    text = encode(recording, messages("How many words does this question have?"))
+    assert torch.equal(new_ids(recording, text, prefill_chunk_size=5), new_ids(recording, text))
+    inputs = encode(recording, messages("What is it?", IMAGES[0]))
+    for settings in ({"prefill_chunk_size": 64}, {"generation_config": GenerationConfig(prefill_chunk_size=64)}):
+        with pytest.raises(ValueError, match="prefill_chunk_size would split a prompt inside its images"):
+            recording.model.generate(**inputs, **settings)
+
+
+@pytest.mark.parametrize("num_old", [0, 1, 2])
+def test_a_second_turn_takes_its_new_images_with_the_first_turns_cache(recording, num_old):
+    """The whole conversation's images are given; those whose slots are cached are not encoded again."""
+    first = messages("What is it?", *IMAGES[:num_old])
+    cache = DynamicCache()
+    sequences = recording.model.generate(**encode(recording, first), max_new_tokens=3, past_key_values=cache)
+    inputs = encode(
+        recording, [*first, {"role": "assistant", "content": "A."}, *messages("And this?", *IMAGES[num_old:])]
+    )
+    prompt = inputs["input_ids"]
+    shared = min(cache.get_seq_length(), int((sequences == prompt[:, : sequences.shape[1]]).cumprod(-1).sum()))
+    cache.crop(shared)
+    encoded = []
+    hook = recording.model.vision_model.register_forward_pre_hook(lambda _, args: encoded.append(len(args[1])))
+    again = new_ids(recording, inputs, past_key_values=cache)
+    hook.remove()
+    num_scales = inputs["num_scales"].tolist()
+    assert encoded == ([sum(num_scales[num_old:])] if num_old < len(IMAGES) else [])
+    assert torch.equal(again, new_ids(recording, inputs))
+
+
+@pytest.mark.parametrize("name", ["max_new_token", "pixel_value", "images"])
+def test_a_misspelt_keyword_is_an_error(recording, name):
+    inputs = encode(recording, messages("What is it?", IMAGES[0]))
+    with pytest.raises((ValueError, TypeError), match=name):
+        recording.model.generate(**inputs, **SHORT, **{name: 4})
+    for part in (recording.model, recording.model.model):
+        with pytest.raises(TypeError, match=name):
+            part(**inputs, **{name: 4})
+
+
+def test_generation_config_of_a_subfolder_is_read():
+    model = AutoModel.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True)
+    stored = json.loads((ROOT / "tiny" / "generation_config.json").read_text())
+    assert model.generation_config.eos_token_id == stored["eos_token_id"] is not None
+    assert model.generation_config.max_new_tokens == stored["max_new_tokens"]
+
+
+def test_text_generation_pipeline_needs_the_models_name_alone(recording):
+    pipe = pipeline("text-generation", model=str(recording.folder), trust_remote_code=True)
+    chat = [{"role": "user", "content": "Hello?"}]
+    answer = pipe(chat, max_new_tokens=4, do_sample=False)[0]["generated_text"][-1]["content"]
+    ids = new_ids(recording, encode(recording, chat), max_new_tokens=4)
+    assert answer == recording.tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
 def test_samples_follow_their_own_pictures(recording):
