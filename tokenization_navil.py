@@ -189,7 +189,10 @@ def reject_tokens(text: str, tokens: Sequence[str]) -> None:
     """Raises a ValueError when one of the tokens is typed in a text."""
     found = [token for token in tokens if token in text]
     if found:
-        raise ValueError(f"the text contains {', '.join(found)}, reserved for the model's own use: {text[:80]!r}")
+        raise ValueError(
+            f"the text contains {', '.join(found)}, reserved for the model's own use: {text[:80]!r};"
+            " allow_control_tokens=True lets it through"
+        )
 
 
 class NaViLTokenizer(PreTrainedTokenizerFast):
@@ -318,7 +321,7 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
             known = template_names(self.get_chat_template(chat_template, tools))
             unread = [f"{name}={value!r:.40}" for name, value in variables.items() if value and name not in known]
             if unread:
-                raise ValueError(f"unknown keyword {', '.join(unread)}: the chat template does not read it")
+                raise ValueError(f"unknown keyword {', '.join(unread)}: no setting, and the chat template does not read it")
             return super().apply_chat_template(
                 conversations if _is_list(conversation[0]) else conversations[0],
                 tools,
