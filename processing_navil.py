@@ -2,7 +2,7 @@
 
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,10 +117,7 @@ class NaViLProcessor(ProcessorMixin):
         if audio is not None or videos is not None:
             raise ValueError("NaViL takes images and text, not audio or video")
         image_settings, text_settings, others = split_settings(kwargs)
-        unknown = [f"{name}={value!r:.40}" for name, value in others.items() if value]
-        if unknown:
-            known = ", ".join(sorted(IMAGE_SETTINGS | TEXT_SETTINGS))
-            raise ValueError(f"unknown keyword {', '.join(unknown)}: the processor takes {known}")
+        check_known(others)
         _check_rows(images, texts)
         images = [] if images is None else flatten_images(images)
         texts, features = self._fill_slots(texts, images, image_settings, allow_control_tokens)
@@ -132,6 +129,7 @@ class NaViLProcessor(ProcessorMixin):
         self, texts: Sequence[str], images: list[Any], settings: dict[str, Any], allow_control_tokens: bool
     ) -> tuple[list[str], dict[str, Any]]:
         """The texts with a slot for every image, and the images' inputs."""
+        check_known(settings, IMAGE_SETTINGS | {"return_tensors"})
         features = dict(self.image_processor(images, **settings)) if images else {}
         grids, num_scales = (features[name].tolist() if images else [] for name in ("image_grid_thw", "num_scales"))
         merge_size = self.image_processor.merge_size
@@ -307,22 +305,20 @@ def split_settings(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return image_settings, text_settings, others
 
 
+def check_known(keywords: dict[str, Any], known: Iterable[str] = ()) -> None:
+    """Raises a ValueError for keywords that are not known; those that are None, False or empty ask for nothing."""
+    unknown = [f"{name}={value!r:.40}" for name, value in keywords.items() if name not in known and value]
+    if unknown:
+        raise ValueError(f"unknown keyword {', '.join(unknown)}: no setting of the image processor or the tokenizer")
+
+
 def _check_rows(images: Any, texts: Sequence[str]) -> None:
     """Where images are given as one list per prompt, each prompt has a placeholder for each of its own."""
-    rows = [isinstance(row, list | tuple) for row in images] if isinstance(images, list | tuple) else []
-    if not any(rows):
-        return
-    if not all(rows) or len(rows) != len(texts):
-        raise ValueError(
-            f"expected one list of images per prompt; {len(texts)} prompts got {sum(rows)} lists"
-            f" and {len(rows) - sum(rows)} single images"
-        )
-    for index, (row, text) in enumerate(zip(images, texts, strict=True)):
-        if text.count(IMAGE_PLACEHOLDER) != len(row):
-            raise ValueError(
-                f"prompt {index} has {text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} placeholders "
-                f"but {len(row)} images were given for it"
-            )
+    if isinstance(images, list | tuple) and any(isinstance(row, list | tuple) for row in images):
+        given = [len(row) if isinstance(row, list | tuple) else 1 for row in images]
+        placeholders = [text.count(IMAGE_PLACEHOLDER) for text in texts]
+        if given != placeholders:
+            raise ValueError(f"the prompts have {placeholders} {IMAGE_PLACEHOLDER} but {given} images were given")
 
 
 def _images_of(message: dict[str, Any]) -> list[dict[str, Any]]:
