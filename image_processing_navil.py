@@ -87,14 +87,15 @@ def scale_settings(min_pixels: Any, max_pixels: Any, scale_downsample_ratio: Any
 def check_switches(settings: Mapping[str, Any], allowed: Sequence[str]) -> None:
     """Raises a ValueError for an unknown keyword, and for a switch of transformers that NaViL was not trained with."""
     for name, value in settings.items():
-        if name in RELEASED_SETTINGS:
-            if value is not None and bool(value) != RELEASED_SETTINGS[name]:
-                raise ValueError(f"{name} must be {RELEASED_SETTINGS[name]}, as NaViL was trained; got {value!r:.80}")
-        elif name != "size" or value is not None:
+        if value is None:
+            continue
+        if name not in RELEASED_SETTINGS:
             raise ValueError(
                 f"the image processor has no setting {name}={value!r:.80}; sizes follow from min_pixels and "
                 f"max_pixels, the settings are {', '.join(allowed)}"
             )
+        if bool(value) != RELEASED_SETTINGS[name]:
+            raise ValueError(f"{name} must be {RELEASED_SETTINGS[name]}, as NaViL was trained; got {value!r:.80}")
 
 
 class Picture(NamedTuple):

@@ -192,6 +192,8 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(max_pixels, fraction,
     exif[0x0112] = 6
     recorded_image(480, 320, 0).save(tmp_path / "large.jpg", exif=exif)
     picture = load_picture(tmp_path / "large.jpg", max_pixels)
+    assert load_picture((tmp_path / "large.jpg").read_bytes(), max_pixels) == picture
+    assert load_picture((tmp_path / "large.jpg").as_uri(), max_pixels) == picture
     assert (picture.height, picture.width) == (480, 320)  # upright
     assert picture.pixels.size == (320 // fraction, 480 // fraction)
     assert fraction == 8 or picture.pixels.width * picture.pixels.height < 16 * max_pixels or fraction == 1
@@ -275,6 +277,18 @@ def test_a_suggested_budget_fits(images, max_tokens, tau):
         assert suggested >= 4096
 
 
+def test_a_suggested_budget_fits_images_with_budgets_of_their_own():
+    images = [recorded_image(300, 200, seed) for seed in range(3)]
+    parts = [images[0], {"image": images[1], "max_pixels": 9_000}, {"image": images[2], "max_pixels": 60_000}]
+    processor = NaViLImageProcessor(min_pixels=4_096)
+    with pytest.raises(ValueError, match="would fit with max_pixels=") as raised:
+        processor(parts, context_length=100)
+    suggested = int(str(raised.value).rpartition("=")[2])
+    assert suggested > 9_000
+    lowered = [parts[0], parts[1], {**parts[2], "max_pixels": suggested}]
+    processor(lowered, max_pixels=suggested, context_length=100)
+
+
 # -- arrays ------------------------------------------------------------------------------------------------------------
 
 
@@ -311,11 +325,6 @@ def test_input_data_format_settles_what_a_shape_leaves_open():
         load_image(array, "HWC")
 
 
-class Liar:
-    def __array__(self, *args, **kwargs):
-        raise ValueError("no")
-
-
 @fuzz
 @given(
     value=st.sampled_from([np.nan, np.inf, -np.inf, -0.1, 1.1, 255.0]),
@@ -336,16 +345,14 @@ def test_numbers_that_are_no_pixels(value, place, dtype):
         b"\x89PNG",
         {},
         object(),
-        Liar(),
         np.zeros((3, 3), bool),
         np.zeros((3, 3), complex),
         np.zeros((3, 3), object),
         np.array(["a.png"]),
         np.float32(1),
-        np.zeros((2, 3, 3, 3), np.uint8),
         np.zeros((5, 3, 2), np.uint8),
-        torch.zeros(3, 3, dtype=torch.bfloat16),
-        torch.zeros(3, 3, device="meta"),
+        np.full((3, 3), 256),
+        torch.full((3, 3), -1),
         [[[np.zeros((3, 3), np.uint8)]]],
         [[0, 1], [1, 0]],
     ],
@@ -364,7 +371,7 @@ def test_released_switches_are_accepted_and_others_named():
     plain = processor(image, min_pixels=1024, max_pixels=4096)
     for switches in (
         {"do_resize": False, "do_pad": True},
-        {"do_convert_rgb": True, "do_rescale": True, "do_normalize": True, "size": None},
+        {"do_convert_rgb": True, "do_rescale": np.True_, "do_normalize": torch.tensor(True), "size": None},
     ):
         switched = processor(image, min_pixels=1024, max_pixels=4096, **switches)
         assert np.array_equal(switched["pixel_values"], plain["pixel_values"])
@@ -373,32 +380,13 @@ def test_released_switches_are_accepted_and_others_named():
         ({"do_pad": False}, "do_pad must be True"),
         ({"do_rescale": 0}, "do_rescale must be True"),
         ({"size": {"height": 9}}, "no setting size={'height': 9}"),
-        ({"crop": 1}, "no setting crop=1"),
+        ({"max_pixel": 300_000}, "no setting max_pixel=300000.*settings are min_pixels, max_pixels"),
     ):
         with pytest.raises(ValueError, match=message):
             processor(image, **switches)
-    with pytest.raises(ValueError, match="do_resize must be False"):
-        NaViLImageProcessor(do_resize=True)
-
-
-junk = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=3)
-)
-
-
-@fuzz
-@given(
-    name=st.sampled_from(
-        ["patch_size", "merge_size", "min_pixels", "max_pixels", "scale_downsample_ratio", "image_mean", "image_std"]
-    ),
-    value=junk,
-)
-@example(name="max_pixels", value=10**400)
-@example(name="image_std", value=[1.0, 0.0, 1.0])
-def test_any_setting_is_kept_or_refused(name, value):
-    try:
-        processor = NaViLImageProcessor(**{name: value})
-    except ValueError as error:
-        assert str(error)
-        return
-    assert NaViLImageProcessor.from_dict(processor.to_dict()).to_dict() == processor.to_dict()
+    for settings, message in (
+        ({"do_resize": True}, "do_resize must be False"),
+        ({"max_pixel": 9}, "setting max_pixel=9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            NaViLImageProcessor(**settings)

@@ -1,7 +1,17 @@
 """Images to packed patches: the released grids and pixels, and every image its own budget (reference §5)."""
 
+import base64
 import hashlib
+import io
 import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from decimal import Decimal
+from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -138,7 +148,8 @@ def test_exif_orientation_is_applied(tmp_path):
         (np.zeros((0, 4, 3), np.uint8), r"\(0, 4, 3\)"),
         (np.full((4, 4, 3), np.nan), "finite numbers between 0 and 1"),
         (np.full((4, 4, 3), 255.0), "finite numbers between 0 and 1"),
-        (np.zeros((4, 4, 3), np.int64), "int64"),
+        (np.full((4, 4, 3), 256), "integers from 0 to 255"),
+        ({"type": "image", "image": None}, "needs one of image, bytes"),
         (7, "int"),
         ([], "at least one image"),
     ],
@@ -153,13 +164,246 @@ def test_bad_image(image, message):
     [
         ({"min_pixels": 100, "max_pixels": 99}, "100 and 99"),
         ({"min_pixels": 0}, "0 and"),
+        ({"max_pixels": float("nan")}, "and nan"),
+        ({"max_pixels": "many"}, "max_pixels must be a number, got 'many'"),
         ({"scale_downsample_ratio": 1.0}, "1.0"),
-        ({"image_mean": [0.5]}, "3 numbers each"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         NaViLImageProcessor(**settings)
-    if "image_mean" not in settings:
-        with pytest.raises(ValueError, match=message):
-            NaViLImageProcessor()(recorded_image(40, 40, 0), **settings)
+    with pytest.raises(ValueError, match=message):
+        NaViLImageProcessor()(recorded_image(40, 40, 0), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"patch_size": 16.5}, "patch_size must be a whole number of at least 1, got 16.5"),
+        ({"merge_size": 0}, "merge_size must be a whole number of at least 1, got 0"),
+        ({"image_mean": [0.5]}, "3 numbers each"),
+        ({"image_std": (0.5, 0, 0.5)}, "3 numbers each"),
+    ],
+)
+def test_bad_settings_of_the_constructor(settings, message):
+    with pytest.raises(ValueError, match=message):
+        NaViLImageProcessor(**settings)
+
+
+# -- numbers of any type -----------------------------------------------------------------------------------------------
+
+NUMBER_TYPES = {
+    "int64": np.int64,
+    "float32": np.float32,
+    "0-d array": np.array,
+    "tensor": torch.tensor,
+    "bfloat16": lambda value: torch.tensor(value, dtype=torch.bfloat16),
+    "fraction": Fraction,
+    "decimal": Decimal,
+}
+
+
+@pytest.mark.parametrize("convert", NUMBER_TYPES.values(), ids=NUMBER_TYPES)
+def test_numbers_of_every_type_are_the_same_setting(convert):
+    image = recorded_image(300, 200, 0)
+    plain = NaViLImageProcessor(min_pixels=4096, max_pixels=65536, scale_downsample_ratio=0.5, multi_scale=True)
+    expected = plain(image)["pixel_values"]
+    budget = {"min_pixels": convert(4096), "max_pixels": convert(65536)}
+    tau = convert(0.5) if convert is not np.int64 else 0.5
+    given = NaViLImageProcessor(convert(16), convert(2), scale_downsample_ratio=tau, multi_scale=np.True_, **budget)
+    assert given.to_json_string() == plain.to_json_string()
+    assert np.array_equal(given(image)["pixel_values"], expected)
+    by_call = NaViLImageProcessor()(image, scale_downsample_ratio=tau, multi_scale=np.True_, **budget)
+    assert np.array_equal(by_call["pixel_values"], expected)
+
+
+def test_channel_values_are_any_three_numbers():
+    values = (0.25, 0.5, 1)
+    for convert in (list, np.array, torch.tensor, lambda values: [np.float32(value) for value in values]):
+        processor = NaViLImageProcessor(image_mean=convert(values), image_std=convert(values))
+        assert processor.image_mean == processor.image_std == [0.25, 0.5, 1.0]
+        assert NaViLImageProcessor(**json.loads(processor.to_json_string())).image_std == [0.25, 0.5, 1.0]
+
+
+def test_the_released_loop_over_scales_computes_budgets_with_torch():
+    image, processor = recorded_image(300, 200, 0), NaViLImageProcessor(min_pixels=4096, max_pixels=65536)
+    expected = processor(image, multi_scale=True)["image_grid_thw"].tolist()
+    grids, max_pixels = [], 65536
+    while max_pixels >= 4096:
+        [grid] = processor(image, return_tensors="pt", min_pixels=4096, max_pixels=max_pixels)["image_grid_thw"]
+        grids.append(grid.tolist())
+        max_pixels = grid.prod() * 16**2 * torch.tensor(0.7071**2)
+    assert grids[::-1] == expected and len(grids) > 2
+
+
+# -- forms of an image -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chart(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "a chart.png"
+    recorded_image(50, 40, 3).save(path)
+    return path
+
+
+FORMS = {
+    "path": lambda path: path,
+    "text": str,
+    "file url": lambda path: path.as_uri(),
+    "unquoted file url": lambda path: f"file://{path}",
+    "data url": lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
+    "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
+    "base64 in lines": lambda path: base64.encodebytes(path.read_bytes()).decode(),
+    "bytes": lambda path: path.read_bytes(),
+    "bytearray": lambda path: bytearray(path.read_bytes()),
+    "memoryview": lambda path: memoryview(path.read_bytes()),
+    "file in memory": lambda path: io.BytesIO(path.read_bytes()),
+    "dataset": lambda path: {"bytes": path.read_bytes(), "path": "a mere name.png"},
+    "dataset of paths": lambda path: {"bytes": None, "path": str(path)},
+    "part": lambda path: {"type": "image", "image": path},
+    "part with empty keys": lambda path: {"type": "image", "image": None, "text": None, "url": path.as_uri()},
+    "part with base64": lambda path: {"type": "image", "base64": base64.b64encode(path.read_bytes()).decode()},
+    "part with a dataset's image": lambda path: {"type": "image", "image": {"bytes": path.read_bytes(), "path": None}},
+    "OpenAI's part": lambda path: {"type": "image_url", "image_url": {"url": path.as_uri(), "detail": "auto"}},
+    "OpenAI's part in short": lambda path: {"type": "image_url", "image_url": path.as_uri()},
+    "int64": lambda path: np.asarray(Image.open(path)).astype(np.int64),
+    "int16 tensor": lambda path: torch.from_numpy(np.asarray(Image.open(path)).astype(np.int16)).permute(2, 0, 1),
+    "tensor with a gradient": lambda path: torch.from_numpy(np.asarray(Image.open(path)) / 255).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_every_form_is_the_image_in_the_file(form, chart):
+    processor = NaViLImageProcessor(min_pixels=1024, max_pixels=4096)
+    expected = processor(chart)["pixel_values"]
+    assert np.array_equal(processor(form(chart))["pixel_values"], expected)
+    assert np.array_equal(processor([form(chart), form(chart)])["pixel_values"], np.concatenate([expected, expected]))
+
+
+def test_a_bfloat16_tensor_is_read_with_its_precision(chart):
+    image = torch.from_numpy(np.array(Image.open(chart))) / 255
+    loaded = np.asarray(load_image(image.bfloat16())).astype(int)
+    assert np.abs(loaded - np.asarray(Image.open(chart))).max() <= 1  # 8 bits of mantissa
+
+
+def test_an_open_file_stays_open(chart):
+    with chart.open("rb") as file:
+        first, second = load_image(file), load_image(file)
+        assert not file.closed and first.tobytes() == second.tobytes()
+
+
+ITERABLES = {
+    "tuple": tuple,
+    "generator": lambda images: (image for image in images),
+    "iterator": iter,
+    "keys": lambda images: dict.fromkeys(images).keys(),
+    "generator of lists": lambda images: ([image] for image in images),
+    "batch": lambda images: np.stack([np.asarray(Image.open(image)) for image in images]),
+    "tensor batch": lambda images: torch.from_numpy(np.stack([np.asarray(Image.open(image)) for image in images])),
+}
+
+
+@pytest.mark.parametrize("collect", ITERABLES.values(), ids=ITERABLES)
+def test_every_iterable_is_a_list_of_images(collect, chart, tmp_path):
+    recorded_image(50, 40, 4).save(tmp_path / "other.png")
+    images = [chart, tmp_path / "other.png"]
+    processor = NaViLImageProcessor(min_pixels=1024, max_pixels=4096)
+    assert np.array_equal(processor(collect(images))["pixel_values"], processor(images)["pixel_values"])
+
+
+def test_an_image_may_have_its_own_budget():
+    image, processor = recorded_image(300, 200, 0), NaViLImageProcessor(min_pixels=4096, multi_scale=True)
+    own = {"type": "image", "image": image, "max_pixels": torch.tensor(9000.0)}
+    both = processor([image, own, {"image": image, "min_pixels": None, "max_pixels": None}], max_pixels=30000)
+    large, small = processor(image, max_pixels=30000), processor(image, max_pixels=9000)
+    assert both["num_scales"].tolist() == [*large["num_scales"], *small["num_scales"], *large["num_scales"]]
+    assert np.array_equal(
+        both["pixel_values"], np.concatenate([features["pixel_values"] for features in (large, small, large)])
+    )
+    with pytest.raises(ValueError, match="got 4096 and 100"):
+        processor({"image": image, "max_pixels": 100})
+
+
+class Pictures(BaseHTTPRequestHandler):
+    """Gives `picture`, under any name that ends with .png, to clients that say who they are."""
+
+    picture = b""
+
+    def do_GET(self):
+        is_served = self.path.endswith(".png") and "navil" in self.headers["User-Agent"]
+        self.send_response(200 if is_served else 404)
+        self.end_headers()
+        self.wfile.write(self.picture if is_served else b"")
+
+    def log_message(self, *args):
+        pass
+
+
+def test_downloads(chart, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(Pictures, "picture", chart.read_bytes())
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pictures) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/\u56fe 1.png"
+        assert (
+            load_image(url).tobytes()
+            == load_image({"type": "image", "url": url}).tobytes()
+            == load_image(chart).tobytes()
+        )
+        with pytest.raises(
+            ValueError, match=r"cannot read an image from 'http://127.*\.\.\..*x': HTTP Error 404"
+        ) as raised:
+            load_image(f"http://127.0.0.1:{server.server_port}/{'x' * 1000}")
+        assert len(str(raised.value)) < 200
+        server.shutdown()
+    with pytest.raises(ValueError, match="cannot read an image from 'http://127.*refused"):
+        load_image(url)
+
+
+@pytest.mark.parametrize("text", ["data:image/png;base64," + "A" * 10**6, "A" * 10**6, "x/" * 10**5, b"A" * 10**6])
+def test_a_long_source_is_cut_short_in_errors(text):
+    with pytest.raises(ValueError, match="cannot read an image from") as raised:
+        load_image(text)
+    assert len(str(raised.value)) < 250
+
+
+# -- transformers' loading ---------------------------------------------------------------------------------------------
+
+
+def test_settings_given_to_from_pretrained_are_checked_and_kept(tmp_path):
+    NaViLImageProcessor().save_pretrained(tmp_path)
+    loaded = NaViLImageProcessor.from_pretrained(tmp_path, max_pixels=np.int64(300_000), multi_scale=np.True_)
+    assert json.loads(loaded.to_json_string())["max_pixels"] == 300_000 and loaded.multi_scale is True
+    for settings in ({"max_pixels": 1}, {"do_resize": True}):
+        with pytest.raises(ValueError, match="max_pixels|do_resize"):
+            NaViLImageProcessor.from_pretrained(tmp_path, **settings)
+
+
+IN_EITHER_ORDER = """
+import copy, pickle, sys, numpy, torch
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+def load(auto_class): return auto_class.from_pretrained(folder, trust_remote_code=True)
+for folder, model_first in zip(sys.argv[1:], (True, False)):
+    if model_first:
+        model, processor = load(AutoModel), load(AutoProcessor)
+    else:
+        processor, model = load(AutoProcessor), load(AutoModel)
+    for original in (model.image_processor, processor.image_processor, load(AutoImageProcessor)):
+        for clone in (pickle.loads(pickle.dumps(original)), copy.deepcopy(original)):
+            assert clone.to_dict() == original.to_dict()
+            assert clone(numpy.zeros((9, 9)))["num_scales"].tolist() == [1]
+    clone = pickle.loads(pickle.dumps(model))
+    assert all(map(torch.equal, clone.parameters(), model.parameters()))
+"""
+
+
+def test_a_model_is_pickled_in_either_order_of_loading_and_no_warning_is_printed(recordings, tmp_path):
+    folders = [
+        shutil.copytree(recordings["qwen3"].folder, tmp_path / name) for name in ("model_first", "processor_first")
+    ]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    run = subprocess.run(
+        [sys.executable, "-c", IN_EITHER_ORDER, *folders], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "use_fast" not in run.stdout + run.stderr
