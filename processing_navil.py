@@ -2,7 +2,7 @@
 
 import inspect
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from transformers.tokenization_utils_base import BatchEncoding
 from .image_processing_navil import NaViLImageProcessor, flatten_images
 from .tokenization_navil import (
     IMAGE_PLACEHOLDER,
+    check_keywords,
     content_parts,
     expand_image_slots,
     hide_typed_placeholders,
@@ -31,6 +32,7 @@ IMAGE_SETTINGS -= {"self", "images", "return_tensors", "kwargs"}
 TEXT_SETTINGS = {*TextKwargs.__annotations__, "return_tensors"}
 TEXT_SETTINGS -= {"return_mm_token_type_ids", "return_text_replacement_offsets", "sanitize_control_tokens"}
 """What `NaViLProcessor` passes on to the image processor, which refuses what it does not know, and to the tokenizer."""
+SETTING = "a setting of the image processor or the tokenizer"
 
 
 class NaViLProcessor(ProcessorMixin):
@@ -117,7 +119,7 @@ class NaViLProcessor(ProcessorMixin):
         if audio is not None or videos is not None:
             raise ValueError("NaViL takes images and text, not audio or video")
         image_settings, text_settings, others = split_settings(kwargs)
-        check_known(others)
+        check_keywords(others, (), SETTING)
         _check_rows(images, texts)
         images = [] if images is None else flatten_images(images)
         texts, features = self._fill_slots(texts, images, image_settings, allow_control_tokens)
@@ -129,7 +131,7 @@ class NaViLProcessor(ProcessorMixin):
         self, texts: Sequence[str], images: list[Any], settings: dict[str, Any], allow_control_tokens: bool
     ) -> tuple[list[str], dict[str, Any]]:
         """The texts with a slot for every image, and the images' inputs."""
-        check_known(settings, IMAGE_SETTINGS | {"return_tensors"})
+        check_keywords(settings, IMAGE_SETTINGS | {"return_tensors"}, SETTING)
         features = dict(self.image_processor(images, **settings)) if images else {}
         grids, num_scales = (features[name].tolist() if images else [] for name in ("image_grid_thw", "num_scales"))
         merge_size = self.image_processor.merge_size
@@ -303,13 +305,6 @@ def split_settings(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     for names, settings in ((IMAGE_SETTINGS, image_settings), (TEXT_SETTINGS, text_settings)):
         settings |= {name: others.pop(name) for name in names & others.keys()}
     return image_settings, text_settings, others
-
-
-def check_known(keywords: dict[str, Any], known: Iterable[str] = ()) -> None:
-    """Raises a ValueError for keywords that are not known; those that are None, False or empty ask for nothing."""
-    unknown = [f"{name}={value!r:.40}" for name, value in keywords.items() if name not in known and value]
-    if unknown:
-        raise ValueError(f"unknown keyword {', '.join(unknown)}: no setting of the image processor or the tokenizer")
 
 
 def _check_rows(images: Any, texts: Sequence[str]) -> None:

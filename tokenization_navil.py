@@ -9,7 +9,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -254,7 +254,8 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         if "template" in kwargs:
             kwargs.setdefault("chat_template", None)
         tokenizer = super().from_pretrained(*args, **kwargs)
-        tokenizer._check_variables(tokenizer.get_chat_template(), system_message=kwargs.get("system_message"))
+        given = {"system_message": kwargs.get("system_message")}
+        check_keywords(given, template_names(tokenizer.get_chat_template()), "a variable of the chat template")
         return tokenizer
 
     @classmethod
@@ -328,7 +329,8 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         with _RUST_TOKENIZER:
             variables = {name: value for name, value in kwargs.items() if name not in _KEYWORDS}
             variables |= {"tools": tools, "documents": documents, "system_message": system_message}
-            self._check_variables(self.get_chat_template(chat_template, tools), **variables)
+            known = template_names(self.get_chat_template(chat_template, tools))
+            check_keywords(variables, known, "a setting, nor a variable of the chat template")
             return super().apply_chat_template(
                 conversations if _is_list(conversation[0]) else conversations[0],
                 tools,
@@ -339,13 +341,6 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
                 continue_final_message=continue_final_message,
                 **kwargs,
             )
-
-    @staticmethod
-    def _check_variables(template: str, **variables: Any) -> None:
-        known = template_names(template)
-        unread = [f"{name}={value!r:.40}" for name, value in variables.items() if value and name not in known]
-        if unread:
-            raise ValueError(f"unknown keyword {', '.join(unread)}: no setting, and the chat template does not read it")
 
     def _reserved_tokens(self) -> list[str]:
         """Every special token of the vocabulary but the marks of a grounded answer."""
@@ -382,6 +377,13 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
 
 
 _KEYWORDS = inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
+
+
+def check_keywords(keywords: dict[str, Any], known: Collection[str], kind: str) -> None:
+    """Raises a ValueError for keywords that are not known; those that are None, False or empty ask for nothing."""
+    unknown = [f"{name}={value!r:.40}" for name, value in keywords.items() if name not in known and value]
+    if unknown:
+        raise ValueError(f"unknown keyword {', '.join(unknown)}: not {kind}")
 
 
 def check_encodable(texts: Any) -> None:
