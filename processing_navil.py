@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin, TextKwargs
+from transformers.processing_utils import ImagesKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import BatchEncoding
 
-from .image_processing_navil import flatten_images
+from .image_processing_navil import NaViLImageProcessor, flatten_images
 from .tokenization_navil import (
     IMAGE_PLACEHOLDER,
+    check_keywords,
     content_parts,
     expand_image_slots,
     hide_typed_placeholders,
@@ -26,12 +27,12 @@ from .tokenization_navil import (
 
 IGNORE_INDEX = -100
 
-# Not the tokenizer's own: what transformers' processors and chat templates do with them, this processor does not.
-_TEXT_SETTINGS = {*TextKwargs.__annotations__, "return_tensors"} - {
-    "return_mm_token_type_ids",
-    "return_text_replacement_offsets",
-    "sanitize_control_tokens",
-}
+IMAGE_SETTINGS = {*ImagesKwargs.__annotations__, *inspect.signature(NaViLImageProcessor.preprocess).parameters}
+IMAGE_SETTINGS -= {"self", "images", "return_tensors", "kwargs"}
+TEXT_SETTINGS = {*TextKwargs.__annotations__, "return_tensors"}
+TEXT_SETTINGS -= {"return_mm_token_type_ids", "return_text_replacement_offsets", "sanitize_control_tokens"}
+"""What `NaViLProcessor` passes on to the image processor, which refuses what it does not know, and to the tokenizer."""
+SETTING = "a setting of the image processor or the tokenizer"
 
 
 class NaViLProcessor(ProcessorMixin):
@@ -70,9 +71,9 @@ class NaViLProcessor(ProcessorMixin):
         settings.pop("chat_template", None)
         return settings, kwargs
 
-    def to_dict(self) -> dict[str, Any]:
-        """As in transformers 4, which looks for the image processor in `preprocessor_config.json` alone."""
-        return {name: value for name, value in super().to_dict().items() if name != "image_processor"}
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, without the image processor: all versions find that in `preprocessor_config.json`."""
+        return {name: value for name, value in super().to_dict(*args, **kwargs).items() if name != "image_processor"}
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """As in transformers, as files that transformers 4 and 5 read, with one copy of each setting."""
@@ -112,16 +113,13 @@ class NaViLProcessor(ProcessorMixin):
             ValueError: no text, another number of images than of placeholders, slot tokens in the text, audio, video or
                 an unknown keyword.
         """
-        texts = [text] if isinstance(text, str) else list(text or ())
+        texts = list(text) if isinstance(text, list | tuple) else [text]
         if not texts or not all(isinstance(prompt, str) for prompt in texts):
             raise ValueError(f"text must be a prompt or a list of prompts, got {text!r:.80}")
         if audio is not None or videos is not None:
             raise ValueError("NaViL takes images and text, not audio or video")
-        image_settings, text_settings, others = self._split_settings(kwargs)
-        unknown = [f"{name}={value!r:.40}" for name, value in others.items() if value]
-        if unknown:
-            known = sorted({*self._image_settings(), *_TEXT_SETTINGS})
-            raise ValueError(f"unknown keyword {', '.join(unknown)}: the processor takes {', '.join(known)}")
+        image_settings, text_settings, others = split_settings(kwargs)
+        check_keywords(others, (), SETTING)
         _check_rows(images, texts)
         images = [] if images is None else flatten_images(images)
         texts, features = self._fill_slots(texts, images, image_settings, allow_control_tokens)
@@ -129,31 +127,11 @@ class NaViLProcessor(ProcessorMixin):
         encoded = self._tokenize([show_typed_placeholders(prompt) for prompt in texts], **text_settings)
         return BatchFeature({**encoded, **features}, tensor_type=return_tensors)
 
-    def _image_settings(self) -> list[str]:
-        parameters = inspect.signature(self.image_processor.preprocess).parameters.values()
-        names = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
-        return [name for name in names if name not in ("images", "return_tensors")]
-
-    def _split_settings(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Keywords -> the image processor's, the tokenizer's, and others."""
-        given = dict(given)
-        given |= given.pop("common_kwargs", None) or {}
-        image_settings = {"multi_scale": True, **(given.pop("images_kwargs", None) or {})}
-        text_settings = {"padding": False, **(given.pop("text_kwargs", None) or {})}
-        known, others = self._image_settings(), {}
-        for name, value in given.items():
-            if name in known:
-                image_settings[name] = value
-            elif name in _TEXT_SETTINGS:
-                text_settings[name] = value
-            else:
-                others[name] = value
-        return image_settings, text_settings, others
-
     def _fill_slots(
         self, texts: Sequence[str], images: list[Any], settings: dict[str, Any], allow_control_tokens: bool
     ) -> tuple[list[str], dict[str, Any]]:
         """The texts with a slot for every image, and the images' inputs."""
+        check_keywords(settings, IMAGE_SETTINGS | {"return_tensors"}, SETTING)
         features = dict(self.image_processor(images, **settings)) if images else {}
         grids, num_scales = (features[name].tolist() if images else [] for name in ("image_grid_thw", "num_scales"))
         merge_size = self.image_processor.merge_size
@@ -192,7 +170,7 @@ class NaViLProcessor(ProcessorMixin):
             ValueError: no message, content of an unknown kind, an unreadable image, a special token in a message, or a
                 keyword that neither the processor nor the template knows.
         """
-        *_, variables = self._split_settings(kwargs)
+        *_, variables = split_settings(kwargs)
         conversations = list_conversations(conversation)
         images = [[image for message in messages for image in _images_of(message)] for messages in conversations]
         is_batched = not isinstance(conversation[0], dict)
@@ -318,22 +296,24 @@ class NaViLProcessor(ProcessorMixin):
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
 
+def split_settings(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Keywords of a processor, flat or in dicts as in transformers: the image processor's, the tokenizer's, others."""
+    others = dict(keywords)
+    others |= others.pop("common_kwargs", None) or {}
+    image_settings = {"multi_scale": True, **(others.pop("images_kwargs", None) or {})}
+    text_settings = {"padding": False, **(others.pop("text_kwargs", None) or {})}
+    for names, settings in ((IMAGE_SETTINGS, image_settings), (TEXT_SETTINGS, text_settings)):
+        settings |= {name: others.pop(name) for name in names & others.keys()}
+    return image_settings, text_settings, others
+
+
 def _check_rows(images: Any, texts: Sequence[str]) -> None:
     """Where images are given as one list per prompt, each prompt has a placeholder for each of its own."""
-    rows = [isinstance(row, list | tuple) for row in images] if isinstance(images, list | tuple) else []
-    if not any(rows):
-        return
-    if not all(rows) or len(rows) != len(texts):
-        raise ValueError(
-            f"expected one list of images per prompt; {len(texts)} prompts got {sum(rows)} lists"
-            f" and {len(rows) - sum(rows)} single images"
-        )
-    for index, (row, text) in enumerate(zip(images, texts, strict=True)):
-        if text.count(IMAGE_PLACEHOLDER) != len(row):
-            raise ValueError(
-                f"prompt {index} has {text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} placeholders "
-                f"but {len(row)} images were given for it"
-            )
+    if isinstance(images, list | tuple) and any(isinstance(row, list | tuple) for row in images):
+        given = [len(row) if isinstance(row, list | tuple) else 1 for row in images]
+        placeholders = [text.count(IMAGE_PLACEHOLDER) for text in texts]
+        if given != placeholders:
+            raise ValueError(f"the prompts have {placeholders} {IMAGE_PLACEHOLDER} but {given} images were given")
 
 
 def _images_of(message: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,10 +5,11 @@ messages -> chat template -> prompt with one `<image>` per image
 """
 
 import inspect
+import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -71,23 +72,25 @@ def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE, b
     """
     if template not in ASSISTANT_PREFIXES:
         raise ValueError(f"template must be one of {sorted(ASSISTANT_PREFIXES)}, got {template!r}")
-    prefix = ASSISTANT_PREFIXES[template]
-    generation_prefix = f"('' if enable_thinking else {_jinja_string(prefix)})" if prefix else "''"
+    image, prefix, default = (
+        json.dumps(text, ensure_ascii=False)
+        for text in (f"{IMAGE_PLACEHOLDER}\n", ASSISTANT_PREFIXES[template], system_message)
+    )
+    generation_prefix = prefix if prefix == '""' else f'("" if enable_thinking else {prefix})'
     return (
         ("{{- bos_token -}}" if begins_with_bos else "") + "{%- macro text(content) -%}"
         "{%- if content is string -%}{{- content -}}"
         "{%- else -%}{%- for part in content -%}"
-        f"{{%- if part.type == 'image' -%}}{{{{- {_jinja_string(IMAGE_PLACEHOLDER)} + '\\n' -}}}}"
+        f"{{%- if part.type == 'image' -%}}{{{{- {image} -}}}}"
         "{%- else -%}{{- part.text -}}{%- endif -%}"
         "{%- endfor -%}{%- endif -%}"
         "{%- endmacro -%}"
         "{%- if not messages or messages[0].role != 'system' -%}"
-        "{{- '<|im_start|>system\\n' -}}"
-        f"{{{{- system_message | default({_jinja_string(system_message)}) + '<|im_end|>' -}}}}"
+        f"{{{{- '<|im_start|>system\\n' + system_message | default({default}) + '<|im_end|>' -}}}}"
         "{%- endif -%}"
         "{%- for message in messages -%}"
         "{{- '<|im_start|>' + message.role + '\\n' -}}"
-        f"{{%- if message.role == 'assistant' -%}}{{{{- {_jinja_string(prefix)} -}}}}{{%- endif -%}}"
+        f"{{%- if message.role == 'assistant' -%}}{{{{- {prefix} -}}}}{{%- endif -%}}"
         "{{- text(message.content) + '<|im_end|>' -}}"
         "{%- endfor -%}"
         f"{{%- if add_generation_prompt -%}}{{{{- '<|im_start|>assistant\\n' + {generation_prefix} -}}}}{{%- endif -%}}"
@@ -96,7 +99,7 @@ def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE, b
 
 def _without_system_message(template: str) -> str:
     """What is the same in every `chat_template` of one name."""
-    return re.sub(r"default\('(?:[^'\\]|\\.)*'\)", "", template.removeprefix("{{- bos_token -}}"))
+    return re.sub(r'default\("(?:[^"\\]|\\.)*"\)', "", template.removeprefix("{{- bos_token -}}"))
 
 
 @lru_cache
@@ -105,11 +108,6 @@ def template_names(template: str) -> frozenset[str]:
     tokens = [(kind, text) for _, kind, text in Environment().lex(template) if kind != "whitespace"]
     pairs = zip([("operator", ""), *tokens], tokens, strict=False)
     return frozenset(text for (_, before), (kind, text) in pairs if kind == "name" and before != ".")
-
-
-def _jinja_string(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
-    return f"'{escaped}'"
 
 
 def image_slot(grids: Iterable[Sequence[int]], merge_size: int) -> str:
@@ -189,7 +187,10 @@ def reject_tokens(text: str, tokens: Sequence[str]) -> None:
     """Raises a ValueError when one of the tokens is typed in a text."""
     found = [token for token in tokens if token in text]
     if found:
-        raise ValueError(f"the text contains {', '.join(found)}, reserved for the model's own use: {text[:80]!r}")
+        raise ValueError(
+            f"the text contains {', '.join(found)}, reserved for the model's own use: {text[:80]!r};"
+            " allow_control_tokens=True lets it through"
+        )
 
 
 class NaViLTokenizer(PreTrainedTokenizerFast):
@@ -231,7 +232,6 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
             **kwargs,
         )
         self._drop_call_settings()
-        self.template = template
         self.system_message = system_message
         self.spaces_between_special_tokens = spaces_between_special_tokens
         released = [_without_system_message(chat_template(name)) for name in ASSISTANT_PREFIXES]
@@ -243,6 +243,20 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         missing = [token for token in (*IMAGE_TOKENS, END_OF_TURN) if token not in vocabulary]
         if missing:
             raise ValueError(f"the tokenizer lacks the tokens {', '.join(missing)}")
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; `template` replaces the saved chat template.
+
+        Raises:
+            ValueError: a `system_message` that the chat template does not read.
+        """
+        if "template" in kwargs:
+            kwargs.setdefault("chat_template", None)
+        tokenizer = super().from_pretrained(*args, **kwargs)
+        given = {"system_message": kwargs.get("system_message")}
+        check_keywords(given, template_names(tokenizer.get_chat_template()), "a variable of the chat template")
+        return tokenizer
 
     @classmethod
     def convert_to_native_format(cls, *, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -313,12 +327,10 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
             for messages in conversations:
                 _check_continuable(messages[-1])
         with _RUST_TOKENIZER:
-            variables = {"tools": tools, "documents": documents, "system_message": system_message}
-            variables |= {name: value for name, value in kwargs.items() if name not in _KEYWORDS}
+            variables = {name: value for name, value in kwargs.items() if name not in _KEYWORDS}
+            variables |= {"tools": tools, "documents": documents, "system_message": system_message}
             known = template_names(self.get_chat_template(chat_template, tools))
-            unread = [f"{name}={value!r:.40}" for name, value in variables.items() if value and name not in known]
-            if unread:
-                raise ValueError(f"unknown keyword {', '.join(unread)}: the chat template does not read it")
+            check_keywords(variables, known, "a setting, nor a variable of the chat template")
             return super().apply_chat_template(
                 conversations if _is_list(conversation[0]) else conversations[0],
                 tools,
@@ -346,45 +358,32 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
     ) -> str:
         if spaces_between_special_tokens is None:
             spaces_between_special_tokens = self.spaces_between_special_tokens
+        kwargs["clean_up_tokenization_spaces"] = clean_up_tokenization_spaces
         with _RUST_TOKENIZER:
-            return self._decode_spaced(
-                token_ids, skip_special_tokens, clean_up_tokenization_spaces, spaces_between_special_tokens, **kwargs
-            )
-
-    def _decode_spaced(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool,
-        clean_up_tokenization_spaces: bool | None,
-        spaces_between_special_tokens: bool,
-        **kwargs: Any,
-    ) -> str:
-        if skip_special_tokens or not spaces_between_special_tokens:
-            return super()._decode(token_ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
-        token_ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
-        # The document marks (<s>, </s>, <unk>) take a blank in front, all other special tokens one on either side.
-        marks = {self.bos_token_id, self.eos_token_id, self.unk_token_id}
-        apart = set(self.all_special_ids) - marks
-        chunks = []
-        for key, run in groupby(token_ids, lambda i: i if i in apart else None):
-            if key is None:
-                chunks.append(self._decode_run(list(run), marks, clean_up_tokenization_spaces, **kwargs))
-            else:
-                chunks += [self.convert_ids_to_tokens(token_id) for token_id in run]
-        return " ".join(chunks)
-
-    def _decode_run(self, token_ids: list[int], marks: set[int | None], *args: Any, **kwargs: Any) -> str:
-        text, after_mark = "", False
-        for is_mark, run in groupby(token_ids, lambda i: i in marks):
-            if is_mark:
-                text += " " * (not after_mark) + "".join(self.convert_ids_to_tokens(list(run)))
-            else:
-                text += super()._decode(list(run), False, *args, **kwargs)
-            after_mark = is_mark
+            if skip_special_tokens or not spaces_between_special_tokens:
+                return super()._decode(token_ids, skip_special_tokens, **kwargs)
+            # The document marks (<s>, </s>, <unk>) take a blank in front, all other special tokens one on either side.
+            marks = {self.bos_token_id, self.eos_token_id, self.unk_token_id}
+            kinds = dict.fromkeys(self.all_special_ids, "special") | dict.fromkeys(marks, "mark")
+            text, before = "", ""
+            for kind, run in groupby([token_ids] if isinstance(token_ids, int) else token_ids, kinds.get):
+                text += " " * (before == "special" or kind == "special" and before != "") + " " * (kind == "mark")
+                if kind is None:
+                    text += super()._decode(list(run), False, **kwargs)
+                else:
+                    text += ("" if kind == "mark" else " ").join(self.convert_ids_to_tokens(list(run)))
+                before = kind
         return text
 
 
 _KEYWORDS = inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
+
+
+def check_keywords(keywords: dict[str, Any], known: Collection[str], kind: str) -> None:
+    """Raises a ValueError for keywords that are not known; those that are None, False or empty ask for nothing."""
+    unknown = [f"{name}={value!r:.40}" for name, value in keywords.items() if name not in known and value]
+    if unknown:
+        raise ValueError(f"unknown keyword {', '.join(unknown)}: not {kind}")
 
 
 def check_encodable(texts: Any) -> None:

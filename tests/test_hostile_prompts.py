@@ -11,7 +11,7 @@ from fuzzing import GROUNDING, SPECIAL, fuzz, texts
 from hypothesis import example, given
 from hypothesis import strategies as st
 from navil.image_processing_navil import NaViLImageProcessor, count_slot_tokens, plan_scales
-from navil.tokenization_navil import CONTROL_TOKENS, IMAGE_PLACEHOLDER, NaViLTokenizer, expand_image_slots
+from navil.tokenization_navil import CONTROL_TOKENS, IMAGE_PLACEHOLDER, NaViLTokenizer
 from transformers import AutoTokenizer
 
 import convert_checkpoint as converter
@@ -152,7 +152,7 @@ def test_lone_surrogates(recording, text):
         lambda: recording.model.chat(recording.tokenizer, None, text),
         lambda: recording.model.chat(recording.tokenizer, None, "a", history=[("a", text)]),
     ):
-        with pytest.raises(ValueError, match="lone surrogate"):
+        with pytest.raises(ValueError, match="surrogates not allowed"):
             call()
 
 
@@ -169,13 +169,8 @@ def test_things_that_are_no_conversation(recording, conversation):
 
 @pytest.mark.parametrize("text", [None, [], 5, [5], b"a", [None], [["a"], 5]], ids=repr)
 def test_things_that_are_no_text(recording, text):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="text must be a prompt or a list of prompts"):
         recording.processor(text=text)
-
-
-def test_a_negative_number_of_scales_takes_none_away():
-    with pytest.raises(ValueError, match=r"must not be negative, got \[3, -1\]"):
-        expand_image_slots(["<image><image>"], [[1, 2, 2], [1, 2, 2]], [3, -1], 2)
 
 
 @fuzz

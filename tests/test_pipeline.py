@@ -1,5 +1,6 @@
 """transformers' own pipeline, given the model's folder and nothing else."""
 
+import base64
 import json
 import logging
 import subprocess
@@ -90,6 +91,17 @@ def test_prompts_outside_of_a_chat(recording, pipe):
         inputs = recording.processor(images=images, text=text, return_tensors="pt")
         expected = recording.model.generate(**inputs, max_new_tokens=6)[:, inputs["input_ids"].shape[1] :]
         assert record["generated_text"] == recording.processor.post_process_image_text_to_text(expected)[0]
+
+
+def test_openais_parts(pipe, tmp_path):
+    image, options = recorded_image(90, 60, 0), {"max_new_tokens": 6, "return_full_text": False}
+    image.save(tmp_path / "image.png")
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / "image.png").read_bytes()).decode()
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+    assert (
+        pipe(text=[{"role": "user", "content": parts}], **options)[0]["generated_text"]
+        == (pipe(text=ask("What is it?", image), **options)[0]["generated_text"])
+    )
 
 
 def test_settings_of_generate_reach_it(recording, pipe):

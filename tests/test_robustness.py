@@ -3,7 +3,9 @@
 import copy
 import gc
 import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -158,15 +160,57 @@ def test_8_threads_share_one_processor(recordings):
     ids = processor(text="hello " * 60)["input_ids"][0]
     text = processor.decode(ids)
 
+    tokenizer = processor.tokenizer
+    tokens = tokenizer.tokenize("hello")
+
     def work(index: int) -> None:
         for pair, padded in zip(prompts, expected, strict=True):
             if index % 2:
                 assert processor(text=pair, padding=True)["input_ids"] == padded
+                assert tokenizer.tokenize("hello") == tokens and tokenizer.encode("hello " * 60) == ids
+                if hasattr(tokenizer, "batch_encode_plus"):  # transformers 4
+                    assert tokenizer.batch_encode_plus(["hello " * 60, "a"])["input_ids"][0] == ids
             else:
                 assert processor(text="hello " * 60)["input_ids"][0] == ids
                 assert processor.decode(ids) == text
 
     in_threads(8, work)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+def test_a_process_forks_while_a_thread_prepares_prompts(recordings, monkeypatch):
+    """As `DataLoader` workers do. They found the locks of Rust taken by a thread that they do not have."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    processor, done = recordings["qwen3"].processor, threading.Event()
+    content = [{"type": "image", "image": recorded_image(90, 60, 0)}, {"type": "text", "text": "a b " * 500}]
+
+    def work(_) -> None:
+        while not done.is_set():
+            processor(text=["some text " * 500, "a"], padding=True)
+            processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
+
+    threads = [threading.Thread(target=work, args=(None,), daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    hung = 0
+    for _ in range(10):
+        time.sleep(0.01)
+        child = os.fork()
+        if child == 0:
+            processor.apply_chat_template([{"role": "user", "content": "a"}], tokenize=True)
+            os._exit(0)
+        deadline = time.monotonic() + 10
+        while os.waitpid(child, os.WNOHANG)[0] == 0:
+            time.sleep(0.01)
+            if time.monotonic() > deadline:
+                hung += 1
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                break
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert hung == 0
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------

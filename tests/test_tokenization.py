@@ -121,6 +121,62 @@ def test_templates_in_full():
         chat_template("llama-chat")
 
 
+def test_thinking_is_left_to_the_model():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    default, thinking = (
+        rendered("qwen3-chat", "s", messages, add_generation_prompt=True, enable_thinking=value)
+        for value in (False, True)
+    )
+    assert default.endswith("b<|im_end|><|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert thinking == default.removesuffix("<think>\n\n</think>\n\n")
+    with pytest.raises(ValueError, match="unknown keyword enable_thinking=True"):
+        rendered("internlm2-chat", "s", messages, enable_thinking=True)
+
+
+def test_system_message_and_template_at_load(tmp_path):
+    blank_tokenizer(template="qwen3-chat", system_message="Hi.").save_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "a"}]
+
+    def prompt(call=None, **options):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True, **options)
+        tokenizer.save_pretrained(tmp_path / "again")
+        again = AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+        prompts = [t.apply_chat_template(messages, tokenize=False, **call or {}) for t in (tokenizer, again)]
+        assert prompts[0] == prompts[1]
+        return prompts[0]
+
+    start, end = "<|im_start|>system\n", "<|im_end|><|im_start|>user\na<|im_end|>"
+    assert prompt() == f"{start}Hi.{end}"
+    assert prompt(system_message='You are a "pirate".') == f'{start}You are a "pirate".{end}'
+    assert prompt({"system_message": ""}, system_message="b") == f"{start}{end}"
+    answered = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True, template="Hermes-2")
+    assert answered.chat_template == chat_template("Hermes-2", "Hi.")
+    tokenizer = blank_tokenizer(chat_template="{{ messages[0].content }}", template="qwen3-chat")
+    tokenizer.save_pretrained(tmp_path)
+    assert prompt() == "a"
+    assert prompt(template="qwen3-chat", system_message="c") == f"{start}c{end}"
+    with pytest.raises(ValueError, match="unknown keyword system_message='c'"):
+        prompt(system_message="c")
+
+
+def test_truncation_and_padding_of_one_call_are_no_settings(recording, tmp_path):
+    text = "one two three " * 30
+    tokenizer = AutoTokenizer.from_pretrained(recording.folder, trust_remote_code=True)
+    expected = tokenizer(text)["input_ids"]
+    tokenizer(text, truncation=True, max_length=5, stride=2, padding="max_length", pad_to_multiple_of=5)
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert saved["truncation"] is None and saved["padding"] is None
+    # A file that another program saved so.
+    tokenizer.backend_tokenizer.enable_truncation(5, stride=2)
+    tokenizer.backend_tokenizer.enable_padding(length=8, pad_to_multiple_of=8)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    again = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert again.backend_tokenizer.truncation is None and again.backend_tokenizer.padding is None
+    assert not {"max_length", "stride", "truncation_strategy", "pad_to_multiple_of"} & set(again.init_kwargs)
+    assert type(recording.processor)(recording.processor.image_processor, again)(text=text)["input_ids"][0] == expected
+
+
 def test_settings_survive_saving(tmp_path):
     tokenizer = blank_tokenizer(template="qwen3-chat", system_message="Hi.", spaces_between_special_tokens=True)
     tokenizer.save_pretrained(tmp_path)
