@@ -459,7 +459,10 @@ class NaViLVisionModel(NaViLPreTrainedModel):
                 raise ValueError(f"frames, rows and columns of a grid must be {kind}; got {grid}")
         num_patches = sum(frames * rows * columns for frames, rows, columns in grids)
         if num_patches != len(patches):
-            raise ValueError(f"image_grid_thw describes {num_patches} patches but pixel_values has {len(patches)}")
+            raise ValueError(
+                f"image_grid_thw describes {num_patches} patches but pixel_values has {len(patches)}; Trainer cuts "
+                "batches of streaming data apart, unless its accelerator_config is {'dispatch_batches': False}"
+            )
         return patches
 
 
@@ -1459,9 +1462,10 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
 
 
 NaViLForConditionalGeneration.register_for_auto_class("AutoModel")
-# transformers' pipelines look in these tables for the tokenizer, the processor and the models that they know; Trainer's
-# label smoothing shifts the labels of those in the last.
+# transformers' pipelines look here for the tokenizer, the processor and the models that they know; Trainer's label
+# smoothing shifts the labels of those in the last table. They read the names alone: TRL before 1.0 takes a model type
+# among the keys for one that needs images in every row.
 AutoTokenizer.register(NaViLConfig, fast_tokenizer_class=NaViLTokenizer, exist_ok=True)
 AutoProcessor.register(NaViLConfig, NaViLProcessor, exist_ok=True)
 for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-    names["navil"] = NaViLForConditionalGeneration.__name__
+    names[NaViLForConditionalGeneration.__name__] = NaViLForConditionalGeneration.__name__
