@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import sentencepiece
-from conftest import FIXTURES
+from conftest import FIXTURES, ROOT
 from navil.tokenization_navil import (
     CONTROL_TOKENS,
     DEFAULT_SYSTEM_MESSAGE,
@@ -175,6 +175,11 @@ def test_truncation_and_padding_of_one_call_are_no_settings(recording, tmp_path)
     assert again.backend_tokenizer.truncation is None and again.backend_tokenizer.padding is None
     assert not {"max_length", "stride", "truncation_strategy", "pad_to_multiple_of"} & set(again.init_kwargs)
     assert type(recording.processor)(recording.processor.image_processor, again)(text=text)["input_ids"][0] == expected
+
+
+def test_the_embedded_model_has_the_template_of_its_settings():
+    saved = json.loads((ROOT / "tiny" / "tokenizer_config.json").read_text())
+    assert saved["chat_template"] == chat_template(saved["template"], saved["system_message"])
 
 
 def test_settings_survive_saving(tmp_path):
