@@ -49,8 +49,7 @@ def read_settings(folder: str, subfolder: str) -> tuple[Any, dict[str, Any]]:
         "config.json": config.to_dict(),
         "generation_config.json": load(GenerationConfig, folder, subfolder).to_dict(),
         "preprocessor_config.json": image_processor.to_dict(),
-        "processor_config.json": {"image_processor": processor.image_processor.to_dict()},
-        "chat template": {"of the processor": processor.chat_template, "of the tokenizer": tokenizer.chat_template},
+        "chat template": {"in use": processor.chat_template or processor.tokenizer.chat_template},
         "tokenizer_config.json": {**tokenizer.init_kwargs, **special, "padding_side": tokenizer.padding_side},
         "tokenizer.json": json.loads(tokenizer.backend_tokenizer.to_str()),
     }
