@@ -11,16 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, GenerationConfig
 
 TEXT = (
     "The capital of France is Paris, and the Seine flows through it. 12 x 12 = 144; 人工智能 is written in Chinese. "
     "def add(a, b): return a + b"
 )
-QUESTION = "What is in this picture?"
+QUESTION, PICTURE = "What is in this picture?", Path(__file__).with_name("examples") / "shapes.png"
 BOOKKEEPING = {
     *("transformers_version", "name_or_path", "_name_or_path", "_commit_hash", "_from_model_config", "tokenizer_file"),
     *("_attn_implementation_autoset", "torch_dtype", "dtype", "is_local", "local_files_only"),
@@ -67,19 +65,10 @@ def flatten(settings: dict[Any, Any]) -> list[tuple[str, Any]]:
     return flat
 
 
-def picture() -> Image.Image:
-    """Discs on a gradient, 192 x 128."""
-    y, x = np.mgrid[:128, :192]
-    pixels = np.stack([x, 2 * y, 255 - x], axis=-1).astype(np.uint8)
-    for row, column, color in ((40, 50, (220, 30, 30)), (80, 130, (30, 200, 60))):
-        pixels[(y - row) ** 2 + (x - column) ** 2 < 900] = color
-    return Image.fromarray(pixels)
-
-
 @torch.no_grad()
 def answer(model: Any, processor: Any) -> dict[str, dict[str, Any]]:
     """Inputs and logits, (L, vocabulary) in float64, of a fixed text and a fixed picture."""
-    content = [{"type": "image", "image": picture()}, {"type": "text", "text": QUESTION}]
+    content = [{"type": "image", "path": str(PICTURE)}, {"type": "text", "text": QUESTION}]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     inputs = {
         "text": {"input_ids": processor.tokenizer(TEXT, return_tensors="pt").input_ids},

@@ -41,22 +41,20 @@ class Conversion:
     def plans(self) -> dict[str, TensorPlan]:
         return weight_plans(self.rules, self.tensors, self.dtype)
 
-    def image_processor(self) -> Any:
-        vision, config = self.config.vision_config, self.config
-        return image_processing.NaViLImageProcessor(
+    def write_settings(self, folder: Path) -> None:
+        """Writes all that a model folder has besides its weights, its license and its card."""
+        config, vision = self.config, self.config.vision_config
+        image_processor = image_processing.NaViLImageProcessor(
             patch_size=vision.patch_size,
             merge_size=vision.spatial_merge_size,
             min_pixels=config.min_dynamic_patch * vision.patch_size**2,
             max_pixels=config.max_dynamic_patch * vision.patch_size**2,
             scale_downsample_ratio=config.scale_downsample_ratio,
         )
-
-    def write_settings(self, folder: Path) -> None:
-        """Writes all that a model folder has besides its weights, its licence and its card."""
-        self.config.torch_dtype = self.dtype
-        processing.NaViLProcessor(self.image_processor(), self.tokenizer).save_pretrained(folder)
-        self.config.save_pretrained(folder)
-        ids = {name: getattr(self.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        processing.NaViLProcessor(image_processor, self.tokenizer).save_pretrained(folder)
+        config.torch_dtype = self.dtype
+        config.save_pretrained(folder)
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         GenerationConfig(do_sample=False, max_new_tokens=1024, **ids).save_pretrained(folder)
         copy_code(folder)
 

@@ -122,15 +122,8 @@ def check_tensors(config: Any, folder: Path, checksums: dict[str, int]) -> Itera
         expected.pop("language_model.lm_head.weight")
     yield finding("names", f"{len(expected)} tensors", missing=expected.keys() - tensors.shapes.keys())
     yield finding("no others", "", unknown=tensors.shapes.keys() - expected.keys())
-    shared = expected.keys() & tensors.shapes.keys()
-    count = sum(map(math.prod, expected.values()))
-    yield finding(
-        "shapes",
-        f"{count:,} parameters",
-        misshapen=[
-            f"{n} is {tensors.shapes[n]}, not {expected[n]}" for n in shared if tensors.shapes[n] != expected[n]
-        ],
-    )
+    odd = [f"{n} is {s}, not {expected[n]}" for n, s in tensors.shapes.items() if expected.get(n, s) != s]
+    yield finding("shapes", f"{sum(map(math.prod, expected.values())):,} parameters", misshapen=odd)
     [(stored, _)] = Counter(tensors.dtypes.values()).most_common(1)
     odd = [f"{n} is {dtype}" for n, dtype in tensors.dtypes.items() if dtype != stored or dtype not in DTYPES.values()]
     if not odd and config.torch_dtype and torch.promote_types(stored, config.torch_dtype) != config.torch_dtype:

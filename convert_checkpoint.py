@@ -6,7 +6,7 @@
     python convert_checkpoint.py verify DIR           # checks a model folder, alone or against its source
     python convert_checkpoint.py tokenizer SRC DST    # a released tokenizer alone
 
-A destination is whole or not there, whatever happens on the way. Nothing that a source brings along is executed.
+DST is written atomically. No code of a source is run.
 """
 
 import argparse
@@ -166,16 +166,6 @@ def push_folder(folder: Path, repo_id: str) -> str:
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
-EXAMPLES = """\
-examples:
-  python convert_checkpoint.py official NaViL-2B weights/navil-2b --dtype bfloat16
-  python convert_checkpoint.py from-llm Qwen3-1.7B weights/navil-qwen3 --vision-size auto --dry-run
-  python convert_checkpoint.py from-llm Qwen3-1.7B weights/navil-qwen3
-  python convert_checkpoint.py verify weights/navil-2b --against NaViL-2B
-  python convert_checkpoint.py export weights/navil-2b NaViL-2B-mine
-  python convert_checkpoint.py tokenizer NaViL-2B weights/tokenizer
-"""
-
 
 def build_parser() -> argparse.ArgumentParser:
     def command(name: str, help: str, example: str) -> argparse.ArgumentParser:
@@ -207,11 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
             help="read pytorch_model.bin where there is no safetensors file (its tensors alone; no code of it is run)",
         )
 
-    parser = argparse.ArgumentParser(
-        description="Convert checkpoints to the layout of this package and back, and check the result.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     official = command(
         "official", "a released checkpoint -> a complete model folder", "NaViL-2B weights/navil-2b --dtype bfloat16"
