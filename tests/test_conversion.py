@@ -318,7 +318,6 @@ def test_every_tensor_is_accounted_for(source, tmp_path, capsys, message):
         ("llm_config", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("llm_config", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
         ("llm_config", {"vocab_size": 12}, "token ids outside the 12 rows of the embedding"),
-        ("llm_config", {"num_attention_heads": "4"}, "num_attention_heads"),
         (None, {"model_type": "llava"}, "model_type='llava'"),
         (None, {"template": "unheard-of"}, "unheard-of"),
         (None, {"downsample_ratio": 0.3}, "0.3"),
