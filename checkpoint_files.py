@@ -1,17 +1,20 @@
 """Files of checkpoints: tensors read and written one at a time, and folders that are whole or not there at all."""
 
+import hashlib
 import json
 import math
 import os
 import pickle
+import re
 import shutil
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -24,6 +27,7 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_NAME = "pytorch_model.bin"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
+CHECKSUMS_NAME = "SHA256SUMS"
 
 DTYPES = {
     "float64": torch.float64,
@@ -40,7 +44,7 @@ TORCH_DTYPES = {word: dtype for dtype, word in SAFETENSORS_DTYPES.items()}
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {content!r:.80}")
@@ -49,6 +53,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """Turns whatever a parser raises about a file into a ValueError that names it."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # tokenizers and protobuf have no exception class of their own to catch
+        raise ValueError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+
+
+def check_links(folder: Path) -> None:
+    """Raises a ValueError for a link that leads out of the folder: its target might be copied and published.
+
+    Links from a snapshot of a Hub cache to the cache's `blobs` are followed.
+    """
+    home = folder.resolve()
+    caches = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
+    for path in home.iterdir():
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in (home, *caches)):
+            raise ValueError(f"{folder / path.name} is a link to {target}, out of the folder")
 
 
 def preview(names: Any) -> str:
@@ -113,25 +141,28 @@ class Tensors:
         weight_map = read_json(folder / index_name).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{folder / index_name} has no weight_map of file names")
+        found: set[tuple[str, str]] = set()
         for shard in sorted(set(weight_map.values())):
+            before = set(self.shapes)
             self._add_file(folder, shard, index_name)
-        listed, found = set(weight_map), set(self.shapes)
-        if listed != found:
-            raise ValueError(f"{index_name} and its shards disagree about {preview(listed ^ found)}")
+            found |= {(name, shard) for name in self.shapes.keys() - before}
+        if found != weight_map.items():
+            names = {name for name, _ in found ^ weight_map.items()}
+            raise ValueError(f"{index_name} and its shards disagree about {preview(names)}")
         return self
 
     def _add_file(self, folder: Path, name: str, named_by: str) -> None:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise ValueError(f"{named_by} names {name!r}, which is not a file in {folder}")
-        if not is_inside(path, folder):
-            raise ValueError(f"{path} is a link to {path.resolve()}, out of the folder")
         if path.suffix == ".bin":
             for tensor_name, tensor in read_pickle(path).items():
                 shape, dtype = tuple(tensor.shape), tensor.dtype
                 self._add(tensor_name, shape, dtype, partial(pickled_tensor, path, tensor_name))
             return
-        for tensor_name, entry in read_safetensors_header(path).items():
+        header = read_safetensors_header(path)
+        header.pop("__metadata__", None)
+        for tensor_name, entry in header.items():
             shape = tuple(entry["shape"])
             dtype = TORCH_DTYPES.get(entry["dtype"], entry["dtype"])
             reader = partial(read_safetensor, path, entry["data_offsets"][0], shape, dtype)
@@ -141,12 +172,6 @@ class Tensors:
         if name in self.shapes:
             raise ValueError(f"the source has {name} twice")
         self.shapes[name], self.dtypes[name], self._readers[name] = shape, dtype, reader
-
-
-def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a file's bytes lie in the folder, or where a Hub cache keeps those of its snapshots."""
-    real, home = path.resolve().parent, folder.resolve()
-    return real == home or home.parent.name == "snapshots" and real == home.parent.parent / "blobs"
 
 
 def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -159,9 +184,9 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-    header.pop("__metadata__", None)
-    for entry in header.values():
-        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
+    for name, entry in header.items():
+        if name != "__metadata__":
+            entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
     return header
 
 
@@ -217,8 +242,15 @@ class TensorPlan:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_weights(plans: Mapping[str, TensorPlan], folder: Path, max_shard_size: str) -> None:
-    """Writes safetensors files, and their index where there are several, holding one tensor at a time."""
+def write_weights(plans: Mapping[str, TensorPlan], folder: Path, max_shard_size: str) -> list[str]:
+    """Writes safetensors files, and their index where there are several, holding one tensor at a time.
+
+    Returns:
+        The files' lines for `write_checksums`.
+
+    Raises:
+        ValueError: a tensor has NaN or infinite numbers, in the source or as the planned dtype.
+    """
     layout = split_state_dict_into_shards_factory(
         {name: plan.num_bytes for name, plan in plans.items()},
         get_storage_size=lambda size: size,
@@ -227,40 +259,50 @@ def write_weights(plans: Mapping[str, TensorPlan], folder: Path, max_shard_size:
         max_shard_size=max_shard_size,
     )
     total = sum(plan.num_bytes for plan in plans.values())
+    lines = []
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"writing {folder.name}", disable=None) as progress:
         for filename, names in layout.filename_to_tensors.items():
-            write_safetensors(folder / filename, {name: plans[name] for name in names}, progress.update)
+            lines += write_safetensors(folder / filename, {name: plans[name] for name in names}, progress.update)
     if layout.is_sharded:
         write_json(folder / INDEX_NAME, {"metadata": layout.metadata, "weight_map": layout.tensor_to_filename})
+    return lines
 
 
-def write_safetensors(path: Path, plans: Mapping[str, TensorPlan], progress: Callable[[int], Any]) -> None:
+def write_safetensors(path: Path, plans: Mapping[str, TensorPlan], progress: Callable[[int], Any]) -> list[str]:
     """One safetensors file: the length of a JSON header, the header, and the tensors' bytes one after the other.
 
     The library's own writer wants all tensors of a file in memory.
     """
     names, header = safetensors_header(plans)
+    whole, lines = hashlib.sha256(header), []
     with open(path, "wb") as file:
         file.write(header)
         for name in names:
-            write_tensor(file, name, plans[name])
-            progress(plans[name].num_bytes)
+            data = tensor_bytes(make_finite(name, plans[name]))
+            file.write(data)
+            whole.update(data)
+            lines.append(f"# crc32 {zlib.crc32(data):08x}  {name}")
+            progress(len(data))
         file.flush()
         os.fsync(file.fileno())
+    return [f"{whole.hexdigest()}  {path.name}", *lines]
 
 
-def write_tensor(file: BinaryIO, name: str, plan: TensorPlan) -> None:
+def make_finite(name: str, plan: TensorPlan) -> Tensor:
     tensor = plan.make().to(plan.dtype).contiguous()
     if tuple(tensor.shape) != plan.shape:
         raise AssertionError(f"{name} came out as {tuple(tensor.shape)}, planned as {plan.shape}")
-    file.write(tensor_bytes(tensor))
+    lowest, highest = (bound.item() for bound in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
+    if not (math.isfinite(lowest) and math.isfinite(highest)):  # NaN is both
+        raise ValueError(f"{name} is not finite as {plan.dtype}: its numbers go from {lowest} to {highest}")
+    return tensor
 
 
 def safetensors_header(plans: Mapping[str, TensorPlan]) -> tuple[list[str], bytes]:
     """The order of the tensors in a file, and the bytes in front of them."""
     # Wide numbers first, so that every tensor begins at a multiple of its own size.
     names = sorted(plans, key=lambda name: -plans[name].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "checksums": CHECKSUMS_NAME}}
     end = 0
     for name in names:
         plan = plans[name]
@@ -269,6 +311,59 @@ def safetensors_header(plans: Mapping[str, TensorPlan]) -> tuple[list[str], byte
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     return names, struct.pack("<Q", len(encoded)) + encoded
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checksums
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHECKSUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)|# crc32 ([0-9a-f]{8})  (.+)")
+
+
+def sha256(path: Path) -> str:
+    """Empty for a file that is not there."""
+    if not path.is_file():
+        return ""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_checksums(folder: Path, weight_lines: list[str]) -> None:
+    """Writes what `sha256sum --check SHA256SUMS` reads: a line per file, and in comments a CRC-32 per tensor."""
+    known = {line.split("  ", 1)[1] for line in weight_lines}
+    others = [f"{sha256(path)}  {path.name}" for path in sorted(folder.iterdir()) if path.name not in known]
+    (folder / CHECKSUMS_NAME).write_text("\n".join([*others, *weight_lines]) + "\n", encoding="utf-8")
+
+
+def read_checksums(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """SHA-256 by file and CRC-32 by tensor; none for a folder that no conversion wrote.
+
+    Raises:
+        ValueError: the conversion's `SHA256SUMS` is gone or damaged.
+    """
+    path, files, tensors = folder / CHECKSUMS_NAME, {}, {}
+    if not path.is_file():
+        for weights in folder.glob("*.safetensors"):
+            if "checksums" in read_safetensors_header(weights).get("__metadata__", {}):
+                raise ValueError(f"{path} is missing; it was written with {weights.name}")
+        return files, tensors
+    for line in path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n"):
+        match = CHECKSUM_LINE.fullmatch(line)
+        if match is None:
+            raise ValueError(f"{path} has a line that is no checksum: {line!r:.80}")
+        if match[1]:
+            files[match[2]] = match[1]
+        else:
+            tensors[match[4]] = int(match[3], 16)
+    return files, tensors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -282,20 +377,24 @@ def new_folder(destination: Path) -> Iterator[Path]:
         ValueError: the destination exists and is not an empty folder, or another process is making it.
     """
     destination = destination.resolve()
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-        raise ValueError(f"{destination} exists already; choose another destination or remove it")
     destination.parent.mkdir(parents=True, exist_ok=True)
     building = destination.with_name(f".{destination.name}.unfinished")
-    lock_path = destination.with_name(f".{destination.name}.lock")
+    lock = FileLock(destination.with_name(f".{destination.name}.lock"), timeout=0)
     try:
-        with FileLock(lock_path, timeout=0):
-            try:
-                shutil.rmtree(building, ignore_errors=True)
-                building.mkdir()
-                yield building
-                os.replace(building, destination)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-                lock_path.unlink(missing_ok=True)
+        lock.acquire()
     except Timeout as error:
         raise ValueError(f"another process is writing {destination}") from error
+    try:
+        if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+            raise ValueError(f"{destination} exists already; choose another destination or remove it")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        yield building
+        if destination.exists():
+            destination.rmdir()  # Windows replaces no folder, not even an empty one
+        os.replace(building, destination)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        lock.release()
+        with suppress(OSError):  # Windows removes no open file: another process may have taken the lock by now
+            os.unlink(lock.lock_file)

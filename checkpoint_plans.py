@@ -6,6 +6,8 @@ model folder         ->  plan_export    -->  Export: the same for the released l
 """
 
 import math
+import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import checkpoint_layouts as layouts
 import checkpoint_tokenizers as tokenizers
-from checkpoint_files import DTYPES, TensorPlan, Tensors, is_inside, preview, read_json
+from checkpoint_files import DTYPES, TensorPlan, Tensors, preview, read_json, unreadable
 from checkpoint_layouts import Rule
-from checkpoint_tokenizers import convert_tokenizer, unreadable
-from navil_modules import configuration, tokenization
+from navil_modules import CODE_FILES, ROOT, configuration, image_processing, processing, tokenization
 
 
 @dataclass
@@ -31,40 +32,55 @@ class Conversion:
     tokenizer: Any
     tensors: Tensors
     rules: list[Rule]
+    dtype: torch.dtype  # of the weights written
     origin: str  # a sentence for the model card
     licence: str = "mit"
     sentencepiece: Path | None = None  # the model that the tokenizer was made from
     llm_config: dict[str, Any] | None = None  # of the text LLM that it grows from
 
-    def plans(self, dtype: torch.dtype | None) -> dict[str, TensorPlan]:
-        """What to write; dtype None keeps the dtype of each tensor's first source."""
-        return weight_plans(self.rules, self.tensors, dtype)
+    def plans(self) -> dict[str, TensorPlan]:
+        return weight_plans(self.rules, self.tensors, self.dtype)
 
-    def main_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
-        return dtype or main_dtype(self.rules, self.tensors)
-
-
-def main_dtype(rules: Sequence[Rule], tensors: Tensors) -> torch.dtype:
-    """Of the first tensor that has a source."""
-    return tensors.dtypes[next(name for rule in rules for name in rule.sources)]
-
-
-def weight_plans(rules: Sequence[Rule], tensors: Tensors, dtype: torch.dtype | None) -> dict[str, TensorPlan]:
-    fallback = dtype or main_dtype(rules, tensors)
-    return {
-        rule.target: TensorPlan(
-            dtype=dtype or (tensors.dtypes[next(iter(rule.sources))] if rule.sources else fallback),
-            shape=rule.shape(),
-            make=partial(rule.make, tensors),
+    def write_settings(self, folder: Path) -> None:
+        """Writes all that a model folder has besides its weights, its license and its card."""
+        config, vision = self.config, self.config.vision_config
+        image_processor = image_processing.NaViLImageProcessor(
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            min_pixels=config.min_dynamic_patch * vision.patch_size**2,
+            max_pixels=config.max_dynamic_patch * vision.patch_size**2,
+            scale_downsample_ratio=config.scale_downsample_ratio,
         )
-        for rule in rules
-    }
+        processing.NaViLProcessor(image_processor, self.tokenizer).save_pretrained(folder)
+        config.torch_dtype = self.dtype
+        config.save_pretrained(folder)
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(do_sample=False, max_new_tokens=1024, **ids).save_pretrained(folder)
+        copy_code(folder)
 
 
-def check_dtypes(tensors: Tensors) -> None:
+def copy_code(folder: Path) -> None:
+    for name in CODE_FILES:
+        shutil.copy(ROOT / name, folder)
+
+
+def main_dtype(tensors: Tensors) -> torch.dtype:
+    """The dtype of most of the numbers, the wider one of two with as many.
+
+    Raises:
+        ValueError: a tensor of another dtype than weights have.
+    """
     odd = [f"{name} is {dtype}" for name, dtype in tensors.dtypes.items() if dtype not in DTYPES.values()]
     if odd:
         raise ValueError(f"weights must be one of {sorted(DTYPES)}: {preview(odd)}")
+    counts: Counter[torch.dtype] = Counter()
+    for name, dtype in tensors.dtypes.items():
+        counts[dtype] += math.prod(tensors.shapes[name])
+    return max(counts, key=lambda dtype: (counts[dtype], dtype.itemsize))
+
+
+def weight_plans(rules: Sequence[Rule], tensors: Tensors, dtype: torch.dtype) -> dict[str, TensorPlan]:
+    return {rule.target: TensorPlan(dtype, rule.shape(), partial(rule.make, tensors)) for rule in rules}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,28 +100,25 @@ def plan_official(source: Path, allow_pickle: bool = False) -> Conversion:
     llm_config = source_config["llm_config"]
     backbone = layouts.need(llm_config, "model_type")["model_type"]
     layouts.require(llm_config, "model_type", layouts.RELEASED_BACKBONES, None)
-    tokenizer = convert_tokenizer(source, source_config["template"], source_config.get("system_message"))
+    tokenizer = tokenizers.convert_tokenizer(source, source_config["template"], source_config.get("system_message"))
     tensors = Tensors.in_folder(source, allow_pickle)
-    special_ids = tokenizer.convert_tokens_to_ids(list(tokenization.IMAGE_TOKENS))
+    dtype = main_dtype(tensors)
     biases = layouts.attention_biases(tensors.shapes)
     output_bias = not biases.isdisjoint(layouts.OUTPUT_BIASES)
-    config = layouts.convert_config(source_config, tokenizer, tied=False, output_bias=output_bias)
-    if max(special_ids) >= config.text_config.vocab_size:
-        raise ValueError(
-            f"image token id {max(special_ids)} lies outside the {config.text_config.vocab_size} rows of the embedding"
-        )
-
+    with unreadable(source / "config.json"):
+        config = layouts.convert_config(source_config, tokenizer, tied=False, output_bias=output_bias)
+    tokenizers.check_ids(tokenizer, config.text_config.vocab_size)
+    special_ids = tokenizer.convert_tokens_to_ids(list(tokenization.IMAGE_TOKENS))
     tied = bool(llm_config.get("tie_word_embeddings", False))
     embedding, head, ignored = layouts.embedding_sources(tensors, layouts.EMBEDDING_NAMES[backbone], tied)
     rules = layouts.official_rules(config, backbone, special_ids, embedding, head, biases)
     layouts.check_sources(rules, tensors.shapes, ignored)
-    check_dtypes(tensors)
     if tied and torch.equal(tensors[embedding][special_ids], tensors[layouts.SPECIAL_ROWS]):
         config.tie_word_embeddings = True  # no row is replaced: the head may stay tied
         rules = layouts.official_rules(config, backbone, special_ids, embedding, head, biases)
     name = source.resolve().name
     origin = f"Converted from the released checkpoint `{name}` by `convert_checkpoint.py official`:"
-    return Conversion(config, tokenizer, tensors, rules, origin, sentencepiece=sentencepiece_of(source))
+    return Conversion(config, tokenizer, tensors, rules, dtype, origin, sentencepiece=sentencepiece_of(source))
 
 
 @dataclass
@@ -181,35 +194,30 @@ def plan_from_llm(
     shape = layouts.parse_vision_size(vision_size, parameters)
     rows = layouts.need(llm.config, "vocab_size")["vocab_size"]
     grown = max(rows, max(tokenizer.get_vocab().values()) + 1)
-    config = layouts.grown_config(llm.config, tokenizer, shape, output_bias, grown)
+    with unreadable(source / "config.json"):
+        config = layouts.grown_config(llm.config, tokenizer, shape, output_bias, grown)
     rules = layouts.llm_rules(config, architecture, rows, embedding, head, biases, seed)
     layouts.check_sources(rules, tensors.shapes, ignored)
-    check_dtypes(tensors)
     origin = (
         f"Grown from the text LLM `{source.resolve().name}` by `convert_checkpoint.py from-llm`: its weights are the "
         f"text experts,\nand copies of them the visual experts. The vision encoder and the connector are fresh "
         f"(seed {seed}), so text works\nand pictures need training. The weights are under that LLM's licence:"
     )
-    return Conversion(config, tokenizer, tensors, rules, origin, "other", sentencepiece_of(source), llm.config)
+    more = {"licence": "other", "sentencepiece": sentencepiece_of(source), "llm_config": llm.config}
+    return Conversion(config, tokenizer, tensors, rules, main_dtype(tensors), origin, **more)
 
 
 def sentencepiece_of(source: Path) -> Path | None:
     path = source / tokenizers.SENTENCEPIECE_NAME
-    if not path.is_file():
-        return None
-    if not is_inside(path, source):  # it is copied as it is, and may be pushed to the Hub
-        raise ValueError(f"{path} is a link to {path.resolve()}, out of the folder")
-    return path
+    return path if path.is_file() else None
 
 
 def read_config(source: Path) -> Any:
     """The config of a model folder of this package."""
     settings = read_json(source / "config.json")
     layouts.require(settings, "model_type", ["navil"], None)
-    try:
+    with unreadable(source / "config.json"):
         return configuration.NaViLConfig(**settings)
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"cannot read {source / 'config.json'}: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -246,11 +254,10 @@ def plan_export(source: Path, dtype: torch.dtype | None) -> Export:
     released = layouts.released_config(config, settings["template"], settings["system_message"])
     tokenizers.check_template(tokenizer)
     tensors = Tensors.in_folder(source)
-    check_dtypes(tensors)
+    dtype = dtype or main_dtype(tensors)
     special_ids = tokenizer.convert_tokens_to_ids(list(tokenization.IMAGE_TOKENS))
-    main_dtype = dtype or next(iter(tensors.dtypes.values()))
-    released["torch_dtype"] = str(main_dtype).removeprefix("torch.")
-    rules = layouts.export_rules(config, special_ids, main_dtype)
+    released["torch_dtype"] = str(dtype).removeprefix("torch.")
+    rules = layouts.export_rules(config, special_ids, dtype)
     layouts.check_sources(rules, tensors.shapes)
     backbone, sentencepiece = layouts.released_backbone(config), source / tokenizers.SENTENCEPIECE_NAME
     return Export(released, tokenizer, backbone, weight_plans(rules, tensors, dtype), sentencepiece)

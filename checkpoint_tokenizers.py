@@ -1,8 +1,7 @@
 """Tokenizers of released checkpoints and of text LLMs as `NaViLTokenizer`s."""
 
+import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer, Qwen2TokenizerFast
 
-from checkpoint_files import read_json, write_json
+from checkpoint_files import preview, read_json, unreadable, write_json
 from checkpoint_layouts import require
 from navil_modules import tokenization
 
@@ -39,9 +38,23 @@ def convert_tokenizer(source: Path, template: str | None = None, system_message:
         system_message: default system message; None means the released one.
 
     Raises:
-        ValueError: no tokenizer files, tokens whose ids do not come out as declared, or missing image tokens.
+        ValueError: no tokenizer files, tokens whose ids do not come out as declared, special tokens that are not in
+            the vocabulary, or missing image tokens.
     """
-    return navil_tokenizer(read_tokenizer(source), template, system_message)
+    with unreadable(source / "tokenizer_config.json"):
+        tokenizer = read_tokenizer(source)
+        special = [token for token in (*tokenizer.tokens.values(), *tokenizer.extra) if token is not None]
+        unknown = [token for token in special if tokenizer.backend.token_to_id(token) is None]
+        if unknown:
+            raise ValueError(f"special tokens that are not in the vocabulary of {source}: {preview(unknown)}")
+        return navil_tokenizer(tokenizer, template, system_message)
+
+
+def check_ids(tokenizer: Any, rows: int) -> None:
+    """Raises a ValueError for tokens outside of an embedding table."""
+    outside = [f"{token} is {token_id}" for token, token_id in tokenizer.get_vocab().items() if token_id >= rows]
+    if outside:
+        raise ValueError(f"token ids outside the {rows} rows of the embedding: {preview(outside)}")
 
 
 def extended_tokenizer(tokenizer: SourceTokenizer, template: str, system_message: str) -> Any:
@@ -56,11 +69,19 @@ def extended_tokenizer(tokenizer: SourceTokenizer, template: str, system_message
 
 
 def navil_tokenizer(source: SourceTokenizer, template: str | None, system_message: str | None) -> Any:
+    """Without the truncation and padding that a `tokenizer.json` may have kept from one call, which would cut prompts.
+
+    Special tokens are matched in the text as typed: behind a normalizer other characters, such as full-width ones
+    under NFKC, would become control tokens.
+    """
+    backend = json.loads(source.backend.to_str()) | {"truncation": None, "padding": None}
+    for token in backend["added_tokens"]:
+        token["normalized"] = token["normalized"] and not token["special"]
     # Batches need some padding token; what stands there is masked.
     padding = source.tokens["pad_token"] or source.tokens["eos_token"] or tokenization.END_OF_TURN
     optional = {} if system_message is None else {"system_message": system_message}
     return tokenization.NaViLTokenizer(
-        tokenizer_object=source.backend,
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
         template=template or source.template,
         spaces_between_special_tokens=source.spaces_between_special_tokens,
         additional_special_tokens=source.extra,
@@ -91,8 +112,10 @@ def read_tokenizer(source: Path) -> SourceTokenizer:
         require(settings, "add_eos_token", [False], False)
         backend, defaults = sentencepiece_backend(source / SENTENCEPIECE_NAME, settings.get("add_bos_token", True))
     elif (source / "tokenizer.json").is_file():
+        content = read_json(source / "tokenizer.json")
         with unreadable(source / "tokenizer.json"):
-            backend = Tokenizer.from_file(str(source / "tokenizer.json"))
+            backend = Tokenizer.from_str(json.dumps(content))
+        check_declared(backend, {token["content"]: token["id"] for token in content.get("added_tokens") or ()})
     elif (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
         with unreadable(source / "vocab.json"):
             backend = Qwen2TokenizerFast.from_pretrained(source).backend_tokenizer
@@ -170,17 +193,11 @@ def export_tokenizer(tokenizer: Any, backbone: str, sentencepiece: Path, folder:
     write_json(folder / "tokenizer_config.json", saved)
 
 
-@contextmanager
-def unreadable(path: Path) -> Iterator[None]:
-    """Turns whatever a parser raises about a file into a ValueError that names it."""
-    try:
-        yield
-    except Exception as error:  # tokenizers and protobuf have no exception class of their own to catch
-        raise ValueError(f"cannot read {path}: {error}") from error
-
-
 def token_text(token: str | dict[str, Any] | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str | None):
+        raise ValueError(f"a special token must be a text, got {token!r:.80}")
+    return text
 
 
 def declared_tokens(source: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
@@ -196,13 +213,16 @@ def declared_tokens(source: Path, settings: dict[str, Any]) -> dict[int, AddedTo
 
 
 def add_declared_tokens(backend: Tokenizer, declared: dict[int, AddedToken]) -> None:
-    for token_id, token in sorted(declared.items()):
+    for _, token in sorted(declared.items()):
         # A token that is known already keeps its id; the call then only sets its flags.
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        if backend.token_to_id(token.content) != token_id:
-            raise ValueError(
-                f"token {token.content!r} has id {backend.token_to_id(token.content)}, declared as {token_id}"
-            )
+    check_declared(backend, {token.content: token_id for token_id, token in declared.items()})
+
+
+def check_declared(backend: Tokenizer, declared: dict[str, int]) -> None:
+    for token, token_id in declared.items():
+        if backend.token_to_id(token) != token_id:
+            raise ValueError(f"token {token!r} has id {backend.token_to_id(token)}, declared as {token_id}")
 
 
 def sentencepiece_backend(path: Path, add_bos: bool) -> tuple[Tokenizer, dict[str, str]]:

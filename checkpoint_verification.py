@@ -1,32 +1,34 @@
-"""Checks a model folder: every tensor, what it needs beside them, and what it answers beside its source.
+"""Checks a model folder: its files, every tensor, every setting, and what it answers, alone or against its source.
 
-The folder is loaded by this package's own code, not by the copy that it carries; no code of its source is executed.
+What is cheap comes first. Only a folder whose code is this package's, byte for byte, is loaded as its users load it, by
+`checkpoint_loading.py` in a process of its own; no code of a source is executed.
 """
 
+import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import checkpoint_layouts as layouts
-from checkpoint_files import Tensors, preview, read_json
-from checkpoint_plans import Conversion, plan_from_llm, plan_official, read_config
-from navil_modules import CODE_FILES, ROOT, image_processing, modeling, processing, tokenization
-
-TEXT = (
-    "The capital of France is Paris, and the Seine flows through it. 12 x 12 = 144; 人工智能 is written in Chinese. "
-    "def add(a, b): return a + b"
-)
-QUESTION = "What is in this picture?"
+from checkpoint_files import CHECKSUMS_NAME, DTYPES, Tensors, preview, read_checksums, read_json, sha256, tensor_bytes
+from checkpoint_plans import Conversion, copy_code, plan_from_llm, plan_official, read_config
+from checkpoint_tokenizers import check_ids
+from navil_modules import CODE_FILES, ROOT, image_processing, modeling, tokenization
 
 
 @dataclass
@@ -54,25 +56,30 @@ def verify(
     Raises:
         ValueError: no config that can be read, or a source that cannot be read.
     """
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = modeling.NaViLForConditionalGeneration(config)
-    try:
-        tensors = Tensors.in_folder(folder)
-    except ValueError as error:
-        return [Finding("weights", str(error), is_ok=False)]
-    findings = [*check_tensors(config, model, tensors), *check_companions(config, folder)]
+    config, checksums = read_config(folder), read_checksums(folder)
+    findings = [
+        *attempt("checksums", check_files(folder, checksums[0])),
+        *attempt("weights", check_tensors(config, folder, checksums[1])),
+        *attempt("tokenizer", check_tokenizer(config, folder)),
+        *attempt("image processor", check_image_processor(config, folder)),
+        *attempt("generation", check_generation(config, folder)),
+    ]
     if not all(finding.is_ok for finding in findings):
         return findings
-    probe = Probe.of_folder(folder)
-    model = load(folder)
-    answers = {name: run(model, inputs) for name, inputs in probe.inputs(model).items()}
-    odd = [name for name, logits in answers.items() if not logits.isfinite().all()]
-    findings.append(Finding("forward passes", f"not finite: {preview(odd)}" if odd else "finite logits", not odd))
-    if against is not None and not odd:
-        del model
-        findings += compare(config, tensors, probe, answers, against, max_kl, allow_pickle)
-    return findings
+    source = None if against is None else Source.read(against, config, folder, allow_pickle)
+    if source is not None:
+        findings.append(compare_tensors(Tensors.in_folder(folder), source.expected))
+        if not findings[-1].is_ok:
+            return findings
+    return [*findings, *attempt("Auto classes", check_loaded(folder, source, max_kl))]
+
+
+def attempt(check: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """What a check finds; an exception is a finding too."""
+    try:
+        yield from findings
+    except Exception as error:  # whatever damaged files make of the libraries that read them
+        yield Finding(check, f"{type(error).__name__}: {error}", is_ok=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,27 +87,56 @@ def verify(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_tensors(config: Any, model: torch.nn.Module, tensors: Tensors) -> Iterator[Finding]:
+def check_files(folder: Path, checksums: dict[str, str]) -> Iterator[Finding]:
+    """Files as the conversion wrote them, and code as in this package."""
+    changed = [name for name, digest in checksums.items() if digest != sha256(folder / name)]
+    result = f"{len(checksums)} files are as {CHECKSUMS_NAME} says" if checksums else f"none, without {CHECKSUMS_NAME}"
+    yield finding("checksums", result, **{"missing or changed": changed})
+    place = code_folder(folder)
+    odd = [name for name in CODE_FILES if sha256(place / name) != sha256(ROOT / name)]
+    odd += [name for path in folder.glob("*.json") for name in code_named_by(path) if name not in CODE_FILES]
+    yield finding("code", "this package's", **{"missing or other": odd})
+
+
+def code_folder(folder: Path) -> Path:
+    """Where the code of a model folder lies: inside, or beside it for a folder that is loaded as a subfolder."""
+    folder = folder.resolve()
+    return folder if any((folder / name).exists() for name in CODE_FILES) else folder.parent
+
+
+def code_named_by(path: Path) -> Iterator[str]:
+    """The files that the `auto_map`s of a JSON file make transformers run."""
+    maps: list[dict[str, Any]] = []
+    json.loads(path.read_text(encoding="utf-8"), object_hook=lambda part: maps.append(part.get("auto_map", {})) or part)
+    for names in (value for auto_map in maps for value in auto_map.values()):
+        yield from (f"{name.split('.')[0]}.py" for name in (names if isinstance(names, list) else [names]) if name)
+
+
+def check_tensors(config: Any, folder: Path, checksums: dict[str, int]) -> Iterator[Finding]:
     """Names, shapes and dtypes from the headers; every number from the data."""
+    tensors = Tensors.in_folder(folder)
+    with torch.device("meta"):
+        model = modeling.NaViLForConditionalGeneration(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")
     yield finding("names", f"{len(expected)} tensors", missing=expected.keys() - tensors.shapes.keys())
     yield finding("no others", "", unknown=tensors.shapes.keys() - expected.keys())
-    shared = expected.keys() & tensors.shapes.keys()
-    count = sum(map(math.prod, expected.values()))
-    yield finding(
-        "shapes",
-        f"{count:,} parameters",
-        misshapen=[
-            f"{n} is {tensors.shapes[n]}, not {expected[n]}" for n in shared if tensors.shapes[n] != expected[n]
-        ],
-    )
-    odd = [f"{name} is {dtype}" for name, dtype in tensors.dtypes.items() if dtype != config.torch_dtype]
-    yield finding("dtype", f"{config.torch_dtype}, as the config says", other=odd)
-    progress = tqdm(tensors.shapes, unit="tensor", desc="reading", disable=None)
-    numbers = [name for name in progress if isinstance(tensors.dtypes[name], torch.dtype)]
-    yield finding("numbers", "all finite", odd=[text for name in numbers if (text := odd_numbers(name, tensors[name]))])
+    odd = [f"{n} is {s}, not {expected[n]}" for n, s in tensors.shapes.items() if expected.get(n, s) != s]
+    yield finding("shapes", f"{sum(map(math.prod, expected.values())):,} parameters", misshapen=odd)
+    [(stored, _)] = Counter(tensors.dtypes.values()).most_common(1)
+    odd = [f"{n} is {dtype}" for n, dtype in tensors.dtypes.items() if dtype != stored or dtype not in DTYPES.values()]
+    if not odd and config.torch_dtype and torch.promote_types(stored, config.torch_dtype) != config.torch_dtype:
+        odd = [f"{config.torch_dtype} of config.json does not hold the weights' {stored}"]
+    yield finding("dtype", str(stored), other=odd)
+    odd, changed = [], []
+    for name in tqdm(tensors.shapes, unit="tensor", desc="reading", disable=None):
+        if isinstance(tensors.dtypes[name], torch.dtype):
+            tensor = tensors[name]
+            odd += odd_numbers(name, tensor)
+            changed += [name] if checksums and zlib.crc32(tensor_bytes(tensor)) != checksums.get(name) else []
+    yield finding("numbers", "all finite", odd=odd)
+    yield finding("bits", f"as {CHECKSUMS_NAME} says" if checksums else "not compared", changed=changed)
 
 
 def finding(check: str, result: str, **problems: Sequence[str]) -> Finding:
@@ -109,39 +145,76 @@ def finding(check: str, result: str, **problems: Sequence[str]) -> Finding:
     return Finding(check, f"{len(names)} {word}: {preview(names)}" if names else result, not names)
 
 
-def odd_numbers(name: str, tensor: Tensor) -> str:
+def odd_numbers(name: str, tensor: Tensor) -> list[str]:
     if tensor.isfinite().all():
-        return ""
-    return f"{name} has {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} infinite numbers"
+        return []
+    return [f"{name} has {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} infinite numbers"]
 
 
-def check_companions(config: Any, folder: Path) -> Iterator[Finding]:
-    """Tokenizer, processor and code."""
-    try:
-        tokenizer = tokenization.NaViLTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizers has no exception class of its own to catch
-        yield Finding("tokenizer", str(error), is_ok=False)
-        return
-    rows, last = config.text_config.vocab_size, max(tokenizer.get_vocab().values())
-    expected = layouts.token_ids(tokenizer)
-    wrong = [f"{n} is {getattr(config, n)}, not {i}" for n, i in expected.items() if getattr(config, n) != i]
-    wrong += [f"id {last} lies outside the {rows} rows of the embedding"] if last >= rows else []
-    yield finding("tokenizer", f"{len(tokenizer)} tokens, {tokenizer.init_kwargs['template']}", wrong=wrong)
-    try:
-        image_processor = image_processing.NaViLImageProcessor.from_pretrained(folder)
-    except (OSError, TypeError, ValueError) as error:
-        yield Finding("image processor", str(error), is_ok=False)
-        return
-    vision = config.vision_config
+def check_tokenizer(config: Any, folder: Path) -> Iterator[Finding]:
+    tokenizer = tokenization.NaViLTokenizer.from_pretrained(folder)
+    check_ids(tokenizer, config.text_config.vocab_size)
+    result = f"{len(tokenizer)} tokens, {tokenizer.init_kwargs['template']}"
+    yield matching("tokenizer", config, layouts.token_ids(tokenizer), result)
+
+
+def check_image_processor(config: Any, folder: Path) -> Iterator[Finding]:
+    image_processor, vision = image_processing.NaViLImageProcessor.from_pretrained(folder), config.vision_config
     sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-    wrong = [
-        f"{n} is {getattr(image_processor, n)}, not {s}" for n, s in sizes.items() if getattr(image_processor, n) != s
-    ]
-    yield finding("image processor", f"patches of {vision.patch_size}, merged {vision.spatial_merge_size}", wrong=wrong)
-    own = [name for name in CODE_FILES if (folder / name).is_file()]
-    changed = [name for name in own if (folder / name).read_bytes() != (ROOT / name).read_bytes()]
-    text = f"differs from this package's, which was used here: {preview(changed)}" if changed else "this package's"
-    yield Finding("code", text if own else "none of its own")
+    result = f"patches of {vision.patch_size}, merged {vision.spatial_merge_size}"
+    yield matching("image processor", image_processor, sizes, result)
+
+
+def check_generation(config: Any, folder: Path) -> Iterator[Finding]:
+    ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    is_ok = config.eos_token_id in (ends if isinstance(ends, list) else [ends])
+    yield Finding("generation", f"ends at {ends}" + ("" if is_ok else f", not at {config.eos_token_id}"), is_ok)
+
+
+def matching(check: str, thing: Any, expected: dict[str, Any], result: str) -> Finding:
+    actual = {name: getattr(thing, name, None) for name in expected}
+    wrong = [f"{n} is {actual[n]}, not {value}" for n, value in expected.items() if actual[n] != value]
+    return finding(check, result, wrong=wrong)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As users load it
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_loaded(folder: Path, source: "Source | None", max_kl: float) -> Iterator[Finding]:
+    """The folder through the Auto classes, and what they give against what the source gives."""
+    loaded = load_in_fresh_process(folder, source)
+    yield Finding("Auto classes", "all load, in a process of their own")
+    answers = loaded["answers"]
+    odd = [name for name, answer in answers.items() if not answer["logits"].isfinite().all()]
+    yield Finding("forward passes", f"not finite: {preview(odd)}" if odd else "finite logits", not odd)
+    if source is None or odd:
+        return
+    actual, wanted = loaded["settings"], loaded["expected"]
+    names = [name for name in wanted | actual if actual.get(name) != wanted.get(name)]
+    different = "; ".join(f"{name} is {actual.get(name)!r:.60}, not {wanted.get(name)!r:.60}" for name in names[:20])
+    same = f"{len(wanted)} as a conversion of the source gives them"
+    yield Finding("settings", f"{len(names)} different: {different}" if names else same, not names)
+    yield from compare_answers(source.load(), answers, max_kl)
+
+
+def load_in_fresh_process(folder: Path, source: "Source | None") -> dict[str, Any]:
+    """The result of `checkpoint_loading.py`. Raises a ValueError with its reason where the folder does not load."""
+    place = code_folder(folder)
+    subfolder = "" if place == folder.resolve() else folder.resolve().name
+    with tempfile.TemporaryDirectory() as scratch:
+        expected, result = Path(scratch, "expected"), Path(scratch, "result")
+        if source is not None:
+            expected.mkdir()
+            source.write_settings(expected)
+        arguments = (place, subfolder, "" if source is None else expected, result)
+        command = [sys.executable, str(ROOT / "checkpoint_loading.py"), *map(str, arguments)]
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
+        if done.returncode:
+            raise ValueError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
+        return torch.load(result, weights_only=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,67 +222,19 @@ def check_companions(config: Any, folder: Path) -> Iterator[Finding]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Probe:
-    """The fixed prompt and picture that models are compared on."""
-
-    processor: Any
-
-    @classmethod
-    def of_folder(cls, folder: Path) -> "Probe":
-        image_processor = image_processing.NaViLImageProcessor.from_pretrained(folder)
-        return cls(processing.NaViLProcessor(image_processor, tokenization.NaViLTokenizer.from_pretrained(folder)))
-
-    def inputs(self, model: torch.nn.Module) -> dict[str, dict[str, Tensor]]:
-        """Inputs of a forward pass by name; a text LLM gets no picture."""
-        inputs = {"text": {"input_ids": self.processor.tokenizer(TEXT, return_tensors="pt").input_ids}}
-        if isinstance(model, modeling.NaViLForConditionalGeneration):
-            content = [{"type": "image", "image": picture()}, {"type": "text", "text": QUESTION}]
-            messages = [{"role": "user", "content": content}]
-            options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-            inputs["picture"] = dict(self.processor.apply_chat_template(messages, **options))
-        return inputs
-
-
-def picture() -> Image.Image:
-    """Discs on a gradient, 192 x 128."""
-    y, x = np.mgrid[:128, :192]
-    pixels = np.stack([x, 2 * y, 255 - x], axis=-1).astype(np.uint8)
-    for row, column, colour in ((40, 50, (220, 30, 30)), (80, 130, (30, 200, 60))):
-        pixels[(y - row) ** 2 + (x - column) ** 2 < 900] = colour
-    return Image.fromarray(pixels)
-
-
 def load(folder: Path) -> torch.nn.Module:
     return modeling.NaViLForConditionalGeneration.from_pretrained(folder, torch_dtype="auto").eval()
 
 
 @torch.no_grad()
-def run(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits (L, vocabulary) in float64."""
-    return model(**inputs).logits[0].double()
-
-
-def compare(
-    config: Any,
-    tensors: Tensors,
-    probe: Probe,
-    answers: dict[str, Tensor],
-    against: Path,
-    max_kl: float,
-    allow_pickle: bool,
-) -> Iterator[Finding]:
-    """The folder's tensors and logits beside its source's."""
-    source = Source.read(against, config, allow_pickle)
-    compared = compare_tensors(tensors, source.expected)
-    yield compared
-    if not compared.is_ok:
-        return
-    model = source.load()
-    for name, inputs in probe.inputs(model).items():
-        expected = run(model, inputs)
-        columns = min(expected.shape[-1], answers[name].shape[-1])  # a grown vocabulary has new tokens at its end
-        ours, theirs = answers[name][:, :columns].log_softmax(-1), expected[:, :columns].log_softmax(-1)
+def compare_answers(model: torch.nn.Module, answers: dict[str, Any], max_kl: float) -> Iterator[Finding]:
+    """Next-token distributions of the folder against those of its source; a text LLM gets no picture."""
+    for name, answer in answers.items():
+        if name == "picture" and not isinstance(model, modeling.NaViLForConditionalGeneration):
+            continue
+        expected = model(**answer["inputs"]).logits[0].double()
+        columns = min(expected.shape[-1], answer["logits"].shape[-1])  # a grown vocabulary has new tokens at its end
+        ours, theirs = answer["logits"][:, :columns].log_softmax(-1), expected[:, :columns].log_softmax(-1)
         kl = (theirs.exp() * (theirs - ours)).sum(-1)
         agreement = (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
         text = f"{kl.mean():.1e} nats on average, {kl.max():.1e} at most, over {len(kl)} tokens"
@@ -246,21 +271,36 @@ class Source:
 
     expected: dict[str, Callable[[], Tensor]]  # the folder's tensors as the source gives them
     load: Callable[[], torch.nn.Module]
+    write_settings: Callable[[Path], None]  # all that a conversion would write besides weights
 
     @classmethod
-    def read(cls, path: Path, config: Any, allow_pickle: bool) -> "Source":
+    def read(cls, path: Path, config: Any, folder: Path, allow_pickle: bool) -> "Source":
         is_gguf = path.is_file() or not (path / "config.json").is_file()
         kind = None if is_gguf else read_json(path / "config.json").get("model_type")
         if kind == "navil":
             tensors = Tensors.in_folder(path)
-            return cls({name: lambda name=name: tensors[name] for name in tensors.shapes}, lambda: load(path))
+            expected = {name: lambda name=name: tensors[name] for name in tensors.shapes}
+            return cls(expected, lambda: load(path), lambda destination: copy_settings(path, destination))
         if kind == "navil_chat":
             conversion = plan_official(path, allow_pickle)
-            return cls(targets(conversion), lambda: assemble(conversion))
-        vision = config.vision_config
-        size = f"{vision.num_hidden_layers}x{vision.hidden_size}"
-        conversion = plan_from_llm(path, vision_size=size, allow_pickle=allow_pickle)
-        return cls(targets(conversion), lambda: load_llm(conversion))
+            return cls(targets(conversion), lambda: assemble(conversion), conversion.write_settings)
+        vision, chat = config.vision_config, tokenization.NaViLTokenizer.from_pretrained(folder).init_kwargs
+        conversion = plan_from_llm(
+            path,
+            vision_size=f"{vision.num_hidden_layers}x{vision.hidden_size}",
+            template=chat["template"],
+            system_message=chat["system_message"],
+            allow_pickle=allow_pickle,
+        )
+        return cls(targets(conversion), lambda: load_llm(conversion), conversion.write_settings)
+
+
+def copy_settings(folder: Path, destination: Path) -> None:
+    """Of a model folder, whose code may be another version's and is not copied."""
+    for pattern in ("*.json", "*.jinja"):
+        for path in folder.glob(pattern):
+            shutil.copy(path, destination)
+    copy_code(destination)
 
 
 def targets(conversion: Conversion) -> dict[str, Callable[[], Tensor]]:
@@ -272,7 +312,7 @@ def assemble(conversion: Conversion) -> torch.nn.Module:
     """The model that a conversion would write, in memory."""
     with torch.device("meta"):
         model = modeling.NaViLForConditionalGeneration(conversion.config)
-    state = {name: plan.make().to(plan.dtype) for name, plan in conversion.plans(None).items()}
+    state = {name: plan.make().to(plan.dtype) for name, plan in conversion.plans().items()}
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     return model.eval()
@@ -294,7 +334,7 @@ def load_llm(conversion: Conversion) -> torch.nn.Module:
     else:
         config = CONFIG_MAPPING[conversion.llm_config["model_type"]](**conversion.llm_config)
         state = {name: conversion.tensors[name] for name in conversion.tensors.shapes}
-    model = AutoModelForCausalLM.from_config(config, torch_dtype=conversion.main_dtype(None))
+    model = AutoModelForCausalLM.from_config(config, torch_dtype=conversion.dtype)
     model.load_state_dict(state, strict=False)  # a tied head may be stored or not; all else was checked by name
     model.tie_weights()
     return model.eval()

@@ -6,7 +6,7 @@
     python convert_checkpoint.py verify DIR           # checks a model folder, alone or against its source
     python convert_checkpoint.py tokenizer SRC DST    # a released tokenizer alone
 
-A destination is whole or not there, whatever happens on the way. Nothing that a source brings along is executed.
+DST is written atomically. No code of a source is run.
 """
 
 import argparse
@@ -20,15 +20,14 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from transformers import GenerationConfig
 
 import checkpoint_layouts as layouts
 import checkpoint_tokenizers as tokenizers
-from checkpoint_files import DTYPES, new_folder, write_json, write_weights
+from checkpoint_files import DTYPES, check_links, new_folder, preview, write_checksums, write_json, write_weights
 from checkpoint_plans import Conversion, Export, plan_export, plan_from_llm, plan_official
 from checkpoint_tokenizers import convert_tokenizer
 from checkpoint_verification import verify
-from navil_modules import CODE_FILES, ROOT, image_processing, processing, tokenization
+from navil_modules import ROOT, tokenization
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Folders
@@ -79,52 +78,39 @@ An image is seen at several scales with at most {config.max_dynamic_patch} patch
 """
 
 
-def write_model(conversion: Conversion, folder: Path, dtype: torch.dtype | None, max_shard_size: str) -> None:
-    """Fills a folder with a complete model: weights, configs, tokenizer, code and card."""
-    plans = conversion.plans(dtype)
-    write_weights(plans, folder, max_shard_size)
-    config = conversion.config
-    config.torch_dtype = conversion.main_dtype(dtype)
-    vision, text = config.vision_config, config.text_config
-    image_processor = image_processing.NaViLImageProcessor(
-        patch_size=vision.patch_size,
-        merge_size=vision.spatial_merge_size,
-        min_pixels=config.min_dynamic_patch * vision.patch_size**2,
-        max_pixels=config.max_dynamic_patch * vision.patch_size**2,
-        scale_downsample_ratio=config.scale_downsample_ratio,
-    )
-    processing.NaViLProcessor(image_processor, conversion.tokenizer).save_pretrained(folder)
-    config.save_pretrained(folder)
-    GenerationConfig(
-        do_sample=False,
-        max_new_tokens=1024,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-    ).save_pretrained(folder)
-    for name in CODE_FILES:
-        shutil.copy(ROOT / name, folder)
-    shutil.copy(ROOT / "LICENSE", folder)
-    if conversion.sentencepiece is not None:
-        shutil.copy(conversion.sentencepiece, folder)
+def write_model(conversion: Conversion, folder: Path, max_shard_size: str) -> None:
+    """Fills a folder with a complete model: weights, configs, tokenizer, code, card and checksums."""
+    plans = conversion.plans()
+    weight_lines = write_weights(plans, folder, max_shard_size)
+    conversion.write_settings(folder)
+    for path in (ROOT / "LICENSE", conversion.sentencepiece):
+        if path is not None:
+            shutil.copy(path, folder)
+    vision, text = conversion.config.vision_config, conversion.config.text_config
     card = MODEL_CARD.format(
         licence=conversion.licence,
         origin=conversion.origin,
         parameters=sum(math.prod(plan.shape) for plan in plans.values()),
-        dtype=str(config.torch_dtype).removeprefix("torch."),
-        config=config,
+        dtype=dtype_name(conversion.dtype),
+        config=conversion.config,
         vision=vision,
         text=text,
         cell=vision.patch_size * vision.spatial_merge_size,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+    write_checksums(folder, weight_lines)
 
 
-def describe(conversion: Conversion, dtype: torch.dtype | None) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(conversion: Conversion) -> str:
     """A table of what a conversion would write."""
     config, counts = conversion.config, layouts.count_parameters(conversion.rules)
     vision, text = config.vision_config, config.text_config
-    num_bytes = sum(plan.num_bytes for plan in conversion.plans(dtype).values())
+    num_bytes = sum(plan.num_bytes for plan in conversion.plans().values())
+    casts = [name for name, dtype in conversion.tensors.dtypes.items() if dtype != conversion.dtype]
     notes = {
         "vision encoder": f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, "
         f"{vision.num_attention_heads} heads of {vision.head_dim}",
@@ -134,17 +120,18 @@ def describe(conversion: Conversion, dtype: torch.dtype | None) -> str:
     }
     total = sum(counts.values())
     rows = [(name, count, notes.get(name, "")) for name, count in counts.items()]
-    dtype_name = str(conversion.main_dtype(dtype)).removeprefix("torch.")
-    rows.append(("total", total, f"{num_bytes / 1e9:.2f} GB, {dtype_name}"))
+    cast = f" ({len(casts)} tensors are cast to it: {preview(casts)})" if casts else ""
+    rows.append(("total", total, f"{num_bytes / 1e9:.2f} GB, {dtype_name(conversion.dtype)}{cast}"))
     rows.append(("activated", total - counts["visual experts"], "per token: one expert of each pair"))
     return "\n".join(f"{name:<16}{count:>16,}  {note}".rstrip() for name, count, note in rows)
 
 
 def write_export(export: Export, folder: Path, max_shard_size: str) -> None:
     """Fills a folder in the released layout."""
-    write_weights(export.plans, folder, max_shard_size)
+    weight_lines = write_weights(export.plans, folder, max_shard_size)
     write_json(folder / "config.json", export.config)
     tokenizers.export_tokenizer(export.tokenizer, export.backbone, export.sentencepiece, folder)
+    write_checksums(folder, weight_lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,16 +166,6 @@ def push_folder(folder: Path, repo_id: str) -> str:
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
-EXAMPLES = """\
-examples:
-  python convert_checkpoint.py official NaViL-2B weights/navil-2b --dtype bfloat16
-  python convert_checkpoint.py from-llm Qwen3-1.7B weights/navil-qwen3 --vision-size auto --dry-run
-  python convert_checkpoint.py from-llm Qwen3-1.7B weights/navil-qwen3
-  python convert_checkpoint.py verify weights/navil-2b --against NaViL-2B
-  python convert_checkpoint.py export weights/navil-2b NaViL-2B-mine
-  python convert_checkpoint.py tokenizer NaViL-2B weights/tokenizer
-"""
-
 
 def build_parser() -> argparse.ArgumentParser:
     def command(name: str, help: str, example: str) -> argparse.ArgumentParser:
@@ -205,7 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--dry-run", action="store_true", help="check the source and print the plan; write nothing")
 
     def add_weights(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the weights (default: the source's)")
+        parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights (default: most of the source's)")
         parser.add_argument(
             "--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: %(default)s)"
         )
@@ -220,11 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
             help="read pytorch_model.bin where there is no safetensors file (its tensors alone; no code of it is run)",
         )
 
-    parser = argparse.ArgumentParser(
-        description="Convert checkpoints to the layout of this package and back, and check the result.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     official = command(
         "official", "a released checkpoint -> a complete model folder", "NaViL-2B weights/navil-2b --dtype bfloat16"
@@ -282,21 +255,23 @@ def prepare(options: argparse.Namespace) -> tuple[str, Callable[[Path], None]]:
     if options.command == "tokenizer":
         tokenizer = convert_tokenizer(options.source, options.template)
         return f"tokenizer: {len(tokenizer)} tokens", tokenizer.save_pretrained
-    dtype = DTYPES.get(options.dtype)
     if options.command == "export":
-        export = plan_export(options.source, dtype)
+        export = plan_export(options.source, DTYPES.get(options.dtype))
         return export.summary, lambda folder: write_export(export, folder, options.max_shard_size)
     if options.command == "official":
         conversion = plan_official(options.source, options.allow_pickle)
     else:
         chat = (options.template, options.system_message)
         conversion = plan_from_llm(options.source, options.vision_size, *chat, options.seed, options.allow_pickle)
-    return describe(conversion, dtype), lambda folder: write_model(conversion, folder, dtype, options.max_shard_size)
+    conversion.dtype = DTYPES.get(options.dtype, conversion.dtype)
+    return describe(conversion), lambda folder: write_model(conversion, folder, options.max_shard_size)
 
 
 def convert(options: argparse.Namespace) -> int:
     is_gguf = options.command == "from-llm" and options.source.suffix == ".gguf" and options.source.is_file()
-    if not (options.source.is_dir() or is_gguf):
+    if options.source.is_dir():
+        check_links(options.source)
+    elif not is_gguf:
         raise ValueError(f"{options.source} is not a folder")
     if options.command != "export" and "." in options.destination.resolve().name:
         raise ValueError(
@@ -320,6 +295,9 @@ def convert(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
+    for folder in (options.source, options.against):
+        if folder is not None and folder.is_dir():
+            check_links(folder)
     findings = verify(options.source, options.against, options.max_kl, options.allow_pickle)
     print("\n".join(map(str, findings)))
     return 0 if all(finding.is_ok for finding in findings) else 1

@@ -27,16 +27,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def best_device() -> tuple[str, torch.dtype]:
+    """A GPU in bf16, Apple's or NVIDIA's, or else the CPU in float32."""
+    if torch.backends.mps.is_available():
+        return "mps", torch.bfloat16
+    return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     source = {"pretrained_model_name_or_path": options.model} if options.model else EMBEDDED
-    on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    device, dtype = best_device()
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=True)
         model = AutoModel.from_pretrained(**source, torch_dtype=dtype, trust_remote_code=True)
-        model.eval().to("cuda" if on_gpu else "cpu")
-        model.chat(
+        model.eval().to(device)
+        answer = model.chat(
             tokenizer,
             options.image or None,
             options.question,
@@ -46,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if not answer.strip():
+        print("(the model gave an empty answer)", file=sys.stderr)
     return 0
 
 

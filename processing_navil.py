@@ -41,6 +41,8 @@ class NaViLProcessor(ProcessorMixin):
     Args:
         image_processor: a `NaViLImageProcessor`.
         tokenizer: a `NaViLTokenizer`; its chat template is the processor's.
+        multi_scale: whether images are packed at several scales by default, as NaViL was trained. TRL's GRPO counts one
+            row of `image_grid_thw` for each image and so needs False.
         chat_template: another template for the tokenizer.
     """
 
@@ -49,9 +51,10 @@ class NaViLProcessor(ProcessorMixin):
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, multi_scale: bool = True, **kwargs: Any):
         chat_template = kwargs.pop("chat_template", None)
         super().__init__(image_processor, tokenizer, **kwargs)
+        self.multi_scale = bool(multi_scale)
         self.chat_template = chat_template
 
     @property
@@ -101,7 +104,7 @@ class NaViLProcessor(ProcessorMixin):
             text: a prompt or a list of prompts.
             audio, videos: not supported, must be None.
             allow_control_tokens: let slot tokens through that are in a prompt already.
-            kwargs: settings of the image processor (`multi_scale`, True by default, `min_pixels`, `max_pixels`,
+            kwargs: settings of the image processor (`multi_scale`, `min_pixels`, `max_pixels`,
                 `scale_downsample_ratio`) and of the tokenizer (`padding`, `return_tensors`, ...), also in
                 `images_kwargs` and `text_kwargs`.
 
@@ -120,6 +123,8 @@ class NaViLProcessor(ProcessorMixin):
             raise ValueError("NaViL takes images and text, not audio or video")
         image_settings, text_settings, others = split_settings(kwargs)
         check_keywords(others, (), SETTING)
+        if isinstance(images, list | tuple):
+            images = [[] if row is None else row for row in images]  # a prompt without images, as TRL gives it
         _check_rows(images, texts)
         images = [] if images is None else flatten_images(images)
         texts, features = self._fill_slots(texts, images, image_settings, allow_control_tokens)
@@ -132,6 +137,7 @@ class NaViLProcessor(ProcessorMixin):
     ) -> tuple[list[str], dict[str, Any]]:
         """The texts with a slot for every image, and the images' inputs."""
         check_keywords(settings, IMAGE_SETTINGS | {"return_tensors"}, SETTING)
+        settings = {"multi_scale": self.multi_scale, **settings}
         features = dict(self.image_processor(images, **settings)) if images else {}
         grids, num_scales = (features[name].tolist() if images else [] for name in ("image_grid_thw", "num_scales"))
         merge_size = self.image_processor.merge_size
@@ -247,7 +253,7 @@ class NaViLProcessor(ProcessorMixin):
         [messages] = list_conversations(example["messages"])
         images = [image for message in messages for image in _images_of(message)]
         stretches = self._split_at_answers(hide_typed_placeholders(messages), allow_control_tokens)
-        settings = {"multi_scale": True, **image_settings, "return_tensors": "pt"}
+        settings = {**image_settings, "return_tensors": "pt"}
         stretches, features = self._fill_slots(stretches, images, settings, allow_control_tokens)
         stretches = [show_typed_placeholders(text) for text in stretches]
         ends = list(accumulate(map(len, stretches)))
@@ -300,7 +306,7 @@ def split_settings(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     """Keywords of a processor, flat or in dicts as in transformers: the image processor's, the tokenizer's, others."""
     others = dict(keywords)
     others |= others.pop("common_kwargs", None) or {}
-    image_settings = {"multi_scale": True, **(others.pop("images_kwargs", None) or {})}
+    image_settings = dict(others.pop("images_kwargs", None) or {})
     text_settings = {"padding": False, **(others.pop("text_kwargs", None) or {})}
     for names, settings in ((IMAGE_SETTINGS, image_settings), (TEXT_SETTINGS, text_settings)):
         settings |= {name: others.pop(name) for name in names & others.keys()}

@@ -3,7 +3,7 @@
 python -m benchmarks.conversion_cost weights/random-2b --runs 5
 
 Copy and conversion take turns, each in a process of its own, the one first in every other run. The copy is what `cp -r`
-does, followed by `sync` as the conversion syncs its files too.
+does, followed by `sync` as the conversion syncs its files too. Needs a POSIX system with `sh`.
 """
 
 import argparse

@@ -51,7 +51,7 @@ def add_lora(model: Any, experts: str, rank: int) -> Any:
 
 
 def training_arguments(options: argparse.Namespace) -> TrainingArguments:
-    on_gpu = torch.cuda.is_available()
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     return TrainingArguments(
         output_dir=str(options.output),
         max_steps=options.steps,
@@ -63,12 +63,12 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_ratio=0.05,
         adam_beta2=0.95,
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
+        bf16=torch.cuda.is_available(),  # Apple's mps trains in float32
+        use_cpu=on_cpu,
         remove_unused_columns=False,  # the collator needs the messages
         label_names=["labels"],
         # A label counts the same wherever it is: the loss is divided by the labels of all processes together.
-        average_tokens_across_devices=PartialState(cpu=not on_gpu).num_processes > 1,
+        average_tokens_across_devices=PartialState(cpu=on_cpu).num_processes > 1,
         ddp_find_unused_parameters=False,  # every parameter has a gradient, also without images
         logging_steps=1,
         save_strategy="no",

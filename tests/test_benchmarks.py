@@ -9,7 +9,7 @@ from conftest import relative_error
 
 pytest.importorskip("matplotlib")  # as all of the recipes' packages, whose loader the benchmarks use
 
-from benchmarks import baselines, kernels, limits, memory, run  # noqa: E402
+from benchmarks import baselines, limits, memory, profiling, run  # noqa: E402
 from navil_modules import configuration, modeling  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -116,22 +116,22 @@ def test_memory_is_measured_over_what_was_there(tiny_benchmark):
 
 def test_profiles_count_kernels_and_host_waits():
     x = torch.ones(256, 256)
-    quiet = kernels.measure(lambda: (x @ x) @ x, CPU)
+    quiet = profiling.measure(lambda: (x @ x) @ x, CPU)
     assert quiet.num_waits == 0 and quiet.num_kernels >= 2 and quiet.longest[0][0] == "aten::mm"
     assert 0 < quiet.longest[0][1] <= quiet.busy
-    assert kernels.measure(lambda: (x @ x).sum().item(), CPU).num_waits == 1
+    assert profiling.measure(lambda: (x @ x).sum().item(), CPU).num_waits == 1
 
 
 def test_profiles_of_every_case(tiny_benchmark, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "PHOTO", (64, 48))
-    monkeypatch.setattr(kernels, "LENGTH", 16)
-    monkeypatch.setattr(kernels, "CONTEXT", 8)
+    monkeypatch.setattr(profiling, "PHOTO", (64, 48))
+    monkeypatch.setattr(profiling, "LENGTH", 16)
+    monkeypatch.setattr(profiling, "CONTEXT", 8)
     compiled = []
     monkeypatch.setattr(run, "compile_encoder", compiled.append)
     monkeypatch.setattr(run, "compile_prefill", compiled.append)
     decoders = []
     monkeypatch.setattr(torch, "compile", lambda model, **settings: decoders.append(settings) or model)
-    assert kernels.main(["--device", "cpu"]) == 0
+    assert profiling.main(["--device", "cpu"]) == 0
     names = [line.split(" | ")[0].removeprefix("| ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert names == [
         "attention, flash by run",

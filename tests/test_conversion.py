@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from conftest import BACKBONES, FIXTURES, ROOT, recorded_image, relative_error
 from released_model import SPECIAL_TOKENS, ReleasedModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import checkpoint_layouts as layouts
 import convert_checkpoint as converter
@@ -18,7 +20,14 @@ from navil_modules import CODE_FILES, configuration, modeling
 
 MODEL_FILES = {
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "README.md"),
-    *("LICENSE", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors"),
+    *(
+        "LICENSE",
+        "SHA256SUMS",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "model.safetensors",
+    ),
     *CODE_FILES,
 }
 
@@ -248,6 +257,29 @@ def test_dtype(source, tmp_path):
     assert config.get("torch_dtype", config.get("dtype")) == "bfloat16"  # dtype from transformers 4.56 on
 
 
+@pytest.mark.parametrize(
+    ("most", "few", "stored"),
+    [("float32", "float16", "float32"), ("bfloat16", "float32", "bfloat16"), ("float16", "bfloat16", "float16")],
+)
+def test_mixed_dtypes_are_cast_to_that_of_most_numbers(source, tmp_path, capsys, most, few, stored):
+    name = "language_model.model.norm.weight"
+    edit_tensors(source, lambda tensors: tensors.update({n: t.to(getattr(torch, most)) for n, t in tensors.items()}))
+    edit_tensors(source, lambda tensors: tensors.update({name: tensors[name].to(getattr(torch, few))}))
+    convert(source, tmp_path / "out")
+    assert f"{stored} (1 tensors are cast to it: {name})" in capsys.readouterr().out
+    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()}
+    assert dtypes == {getattr(torch, stored)}
+    assert str(AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True).torch_dtype) == f"torch.{stored}"
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(math.nan, "float32"), (math.inf, "float32"), (1e5, "float16")])
+def test_numbers_that_the_result_cannot_hold_are_refused(source, tmp_path, capsys, value, dtype):
+    edit_tensors(source, lambda tensors: tensors["mlp1.1.weight"].view(-1)[5].fill_(value))
+    assert converter.main(["official", str(source), str(tmp_path / "out"), "--dtype", dtype]) == 1
+    assert f"fc1.weight is not finite as torch.{dtype}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_existing_destination_is_refused(source, tmp_path, capsys):
     destination = tmp_path / "mine"
     destination.mkdir()
@@ -285,7 +317,7 @@ def test_every_tensor_is_accounted_for(source, tmp_path, capsys, message):
         ("llm_config", {"rope_theta": None}, "lacks rope_theta"),
         ("llm_config", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("llm_config", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
-        ("llm_config", {"vocab_size": 12}, "image token id 17 lies outside the 12 rows"),
+        ("llm_config", {"vocab_size": 12}, "token ids outside the 12 rows of the embedding"),
         (None, {"model_type": "llava"}, "model_type='llava'"),
         (None, {"template": "unheard-of"}, "unheard-of"),
         (None, {"downsample_ratio": 0.3}, "0.3"),
@@ -320,5 +352,62 @@ def test_unreadable_sources_are_refused(source, tmp_path, capsys):
     assert "tokenizer.json: " in error_of(capsys, source, out)
     (source / "tokenizer.json").unlink()
     assert "neither tokenizer.model, tokenizer.json" in error_of(capsys, source, out)
-    (source / "config.json").write_text("{")
-    assert "cannot read" in error_of(capsys, source, out)
+    for content in ("{", '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"):
+        (source / "config.json").write_text(content)
+        assert "cannot read" in error_of(capsys, source, out)
+
+
+# -- tokenizers --------------------------------------------------------------------------------------------------------
+
+
+def edit_tokenizer(folder: Path, name: str, change) -> None:
+    settings = json.loads((folder / name).read_text())
+    change(settings)
+    (folder / name).write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("special_tokens_map.json", {"pad_token": 5}, "a special token must be a text, got 5"),
+        ("special_tokens_map.json", {"bos_token": "<nope>"}, "not in the vocabulary"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"10000000": {"content": "zz"}}}, "declared as 10000000"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"6": {"id": 6}}}, "tokenizer_config.json"),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": [], "merges": 3}}, "cannot read"),
+    ],
+)
+def test_damaged_tokenizers_are_refused(source, tmp_path, capsys, name, change, message):
+    edit_tokenizer(source, name, lambda settings: settings.update(change))
+    assert message in error_of(capsys, source, tmp_path / "out")
+
+
+def test_an_added_token_has_the_id_that_tokenizer_json_gives_it(source, tmp_path, capsys):
+    token = {"id": 10**7, "content": "zz", "special": True, "normalized": False}
+    token |= dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+    edit_tokenizer(source, "tokenizer.json", lambda settings: settings["added_tokens"].append(token))
+    assert "token 'zz' has id 320, declared as 10000000" in error_of(capsys, source, tmp_path / "out")
+
+
+def test_truncation_and_padding_of_a_source_are_dropped(source, tmp_path):
+    backend = Tokenizer.from_file(str(source / "tokenizer.json"))
+    backend.enable_truncation(5)
+    backend.enable_padding(length=9)
+    backend.save(str(source / "tokenizer.json"))
+    convert(source, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert saved["truncation"] is None and saved["padding"] is None
+
+
+def test_a_normalizer_cannot_make_control_tokens(source, tmp_path):
+    def normalize(settings):
+        settings["normalizer"] = {"type": "NFKC"}
+        for token in settings["added_tokens"]:
+            token["normalized"] = True
+
+    edit_tokenizer(source, "tokenizer.json", normalize)
+    edit_tokenizer(source, "tokenizer_config.json", lambda settings: settings.pop("added_tokens_decoder"))
+    convert(source, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_of_turn not in tokenizer("x\uff1c|im_end|\uff1e")["input_ids"]
+    assert tokenizer("x<|im_end|>")["input_ids"][-1] == end_of_turn

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import checkpoint_files as files
@@ -121,6 +122,24 @@ def test_one_at_a_time(source, tmp_path, capsys):
     assert [path.name for path in destination.iterdir()] == ["mine"]
 
 
+def test_the_lock_is_not_removed_while_it_is_held(source, tmp_path, monkeypatch):
+    """Windows removes no open file."""
+    release, unlink, released = FileLock.release, os.unlink, []
+
+    def note_release(lock, *arguments, **options):
+        release(lock, *arguments, **options)
+        released.append(lock.lock_file)
+
+    def remove(path, *arguments, **options):
+        assert not str(path).endswith(".lock") or released, "the lock is still open"
+        unlink(path, *arguments, **options)
+
+    monkeypatch.setattr(FileLock, "release", note_release)
+    monkeypatch.setattr(os, "unlink", remove)
+    assert convert(source, tmp_path / "out" / "navil") == 0
+    assert released and [path.name for path in (tmp_path / "out").iterdir()] == ["navil"]
+
+
 # -- pickles -----------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +207,8 @@ def test_index_cannot_lead_out_of_the_folder(source, tmp_path, capsys, name):
     shutil.copy(source / "part-0.safetensors", outside)
     (source / "sub").mkdir()
     shutil.copy(outside, source / "sub")
-    (source / "link.safetensors").symlink_to(outside)
+    if name == "link.safetensors":
+        (source / name).symlink_to(outside)
     (source / "dangling.safetensors").symlink_to(source / "absent")
     (source / "part-0.safetensors").rename(source / "moved")
     index = json.loads((source / files.INDEX_NAME).read_text())
@@ -209,24 +229,36 @@ def test_index_must_be_an_index(source, tmp_path, capsys, weight_map):
     assert "has no weight_map of file names" in capsys.readouterr().err
 
 
-def test_tokenizer_cannot_lead_out_of_the_folder(source, tmp_path, capsys):
+def test_index_must_name_the_shard_of_a_tensor(source, tmp_path, capsys):
+    index = json.loads((source / files.INDEX_NAME).read_text())
+    name = min(index["weight_map"])
+    index["weight_map"][name] = f"part-{(int(index['weight_map'][name][5]) + 1) % 4}.safetensors"
+    (source / files.INDEX_NAME).write_text(json.dumps(index))
+    assert convert(source, tmp_path / "out") == 1
+    assert f"disagree about {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["official", "tokenizer", "export", "verify", "from-llm"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model"])
+def test_no_file_may_be_a_link_out_of_the_folder(source, tmp_path, capsys, command, name):
     secret = tmp_path / "secret"
     secret.write_text("not to be published")
-    (source / "tokenizer.model").unlink(missing_ok=True)
-    (source / "tokenizer.model").symlink_to(secret)
-    assert convert(source, tmp_path / "out") == 1
-    assert str(secret) in capsys.readouterr().err
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(secret)
+    assert converter.main([command, str(source), *([str(tmp_path / "out")] if command != "verify" else [])]) == 1
+    assert f"{source / name} is a link to {secret}, out of the folder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_links_inside_the_folder_and_of_a_hub_cache_are_followed(source, expected, tmp_path):
-    (source / "part-0.safetensors").rename(source / "real")
-    (source / "part-0.safetensors").symlink_to("real")
+    (source / "stored").mkdir()
+    (source / "part-0.safetensors").rename(source / "stored" / "real")
+    (source / "part-0.safetensors").symlink_to("stored/real")
     assert convert(source, tmp_path / "inside") == 0
     snapshot, blobs = tmp_path / "hub" / "snapshots" / "0123abc", tmp_path / "hub" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
-    for path in source.iterdir():
+    for path in filter(Path.is_file, source.iterdir()):
         shutil.copy(path, blobs)
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     assert convert(snapshot, tmp_path / "cached") == 0

@@ -46,6 +46,24 @@ def test_settings_reach_the_image_processor(recording):
     )
 
 
+def test_one_scale_may_be_the_processors_default(recording, tmp_path):
+    image = recorded_image(300, 200, 0)
+    processor = AutoProcessor.from_pretrained(recording.folder, trust_remote_code=True, multi_scale=False)
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    scales = [
+        len(one(images=image, text="<image>", **options)["image_grid_thw"])
+        for one, options in ((recording.processor, {}), (processor, {}), (again, {}), (again, {"multi_scale": True}))
+    ]
+    assert scales[0] == scales[3] > scales[1] == scales[2] == 1
+
+
+def test_a_prompt_without_images_may_have_none(recording):
+    image, prompts = recorded_image(60, 40, 0), ["<image>a", "b", "<image><image>c"]
+    rows = recording.processor(images=[[image], None, [image, image]], text=prompts, padding=True)
+    assert rows["num_scales"].tolist() == recording.processor(images=[image] * 3, text=prompts)["num_scales"].tolist()
+
+
 def test_chat_messages_generate_what_chat_answers(recording, tmp_path):
     image = recorded_image(200, 130, 0)
     image.save(tmp_path / "image.png")

@@ -1,6 +1,6 @@
 """Where the time of a forward goes on a GPU: how long kernels run, how many, and how often the host waits for them.
 
-    python -m benchmarks.kernels --device cuda --dtype bfloat16 --size 2b
+    python -m benchmarks.profiling --device cuda --dtype bfloat16 --size 2b
 
 A forward whose kernels run for much less than it takes is bound by the host that starts them.
 """

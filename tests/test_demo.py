@@ -1,0 +1,30 @@
+"""The command lines that chat and fine-tune: what they say, and the device that they take."""
+
+import types
+
+import pytest
+import torch
+
+import demo
+from examples import finetune
+
+
+@pytest.mark.parametrize(("answer", "message"), [("", "(the model gave an empty answer)\n"), (" B", "")])
+def test_an_empty_answer_is_said(monkeypatch, capsys, answer, message):
+    model = types.SimpleNamespace(eval=lambda: model, to=lambda device: model, chat=lambda *_, **__: answer)
+    monkeypatch.setattr(demo.AutoModel, "from_pretrained", lambda **_: model)
+    assert demo.main(["--question", "What?"]) == 0
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("available", ["mps", "cuda", "cpu"])
+def test_the_device_is_the_best_there_is(monkeypatch, tmp_path, available):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available == "mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available == "cuda")
+    dtype = torch.float32 if available == "cpu" else torch.bfloat16
+    assert demo.best_device() == (available, dtype)
+    monkeypatch.setattr(finetune, "TrainingArguments", lambda **settings: settings)
+    monkeypatch.setattr(finetune, "PartialState", lambda cpu: types.SimpleNamespace(num_processes=1))
+    options = finetune.build_parser().parse_args(["--model", "m", "--output", str(tmp_path)])
+    settings = finetune.training_arguments(options)
+    assert (settings["use_cpu"], settings["bf16"]) == (available == "cpu", available == "cuda")
