@@ -5,6 +5,8 @@ accelerate takes FSDP for DDP on a CPU, so torch's own FSDP is wrapped around th
 
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 
 def torchrun(script: str, *arguments: Any) -> None:
@@ -76,6 +78,37 @@ def train(folder: str, inputs: list[dict[str, torch.Tensor]]) -> dict[str, list[
     return result
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Examples one after the other, without a length."""
+
+    def __init__(self, examples: list[dict]):
+        self.examples = examples
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.examples)
+
+
+def train_on_stream(folder: str, examples: list[dict], **options: Any) -> list[float]:
+    """Losses that Trainer logs for a pass over streamed examples, two of them in a step over all processes."""
+    num_processes = dist.get_world_size() if dist.is_initialized() else 1
+    options = {"accelerator_config": {"dispatch_batches": False}, "average_tokens_across_devices": True, **options}
+    with tempfile.TemporaryDirectory() as output:
+        args = TrainingArguments(
+            output,
+            per_device_train_batch_size=2 // num_processes,
+            max_steps=len(examples) // 2,
+            logging_steps=1,
+            **{"use_cpu": True, "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant"},
+            **{"max_grad_norm": 0, "remove_unused_columns": False, "save_strategy": "no", "report_to": []},
+            **options,
+        )
+        model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        collate = AutoProcessor.from_pretrained(folder, trust_remote_code=True).training_batch
+        trainer = Trainer(model=model, args=args, data_collator=collate, train_dataset=Stream(examples))
+        trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
 def tensor_parallel(folder: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, tp_plan="auto").eval()
     with torch.no_grad():
@@ -96,7 +129,8 @@ def local_rows(model: nn.Module) -> list[int]:
 if __name__ == "__main__":
     task, folder, inputs, output = sys.argv[1:]
     dist.init_process_group("gloo")
-    outcome = {"train": train, "tensor_parallel": tensor_parallel}[task](folder, torch.load(inputs))
+    tasks = {"train": train, "train_on_stream": train_on_stream, "tensor_parallel": tensor_parallel}
+    outcome = tasks[task](folder, torch.load(inputs))
     if dist.get_rank() == 0:
         torch.save(outcome, output)
     dist.barrier()  # neither process takes its connections down while the other still works

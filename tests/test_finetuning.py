@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, Recording, recorded_image, relative_error
-from distributed_worker import torchrun
+from distributed_worker import torchrun, train_on_stream
 from safetensors.torch import load_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
@@ -199,7 +199,7 @@ def test_checkpointed_encoder_trains_behind_a_frozen_input(recording, use_reentr
 
 def trained(recording, folder, **options) -> tuple[list[tuple[float, float]], torch.nn.Module]:
     """Loss and gradient norm of each step, and the model."""
-    row_length = options.pop("row_length", None)
+    row_length, examples = options.pop("row_length", None), options.pop("examples", None)
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=2,
@@ -216,7 +216,7 @@ def trained(recording, folder, **options) -> tuple[list[tuple[float, float]], to
     )
     collate = partial(recording.processor.training_batch, row_length=row_length)
     model = fresh_model(recording)
-    trainer = Trainer(model=model, args=args, data_collator=collate, train_dataset=mixed_examples())
+    trainer = Trainer(model=model, args=args, data_collator=collate, train_dataset=examples or mixed_examples())
     trainer.train()
     return [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row], model
 
@@ -234,6 +234,15 @@ def test_accumulated_packed_and_checkpointed_steps_equal_whole_ones(recordings, 
             assert row == pytest.approx(expected, rel=2e-4)  # the log has four decimals
     for parameter, expected in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.allclose(parameter, expected, atol=5e-5)  # a step moves them a hundred times as far
+
+
+@pytest.mark.parametrize("with_images", [False, True])
+def test_label_smoothing_shifts_the_labels_too(recording, tmp_path, with_images):
+    options = {"per_device_train_batch_size": 4, "examples": mixed_examples()[0 if with_images else 1 :: 2]}
+    plain, _ = trained(recording, tmp_path, **options)
+    smoothed, _ = trained(recording, tmp_path, label_smoothing_factor=1e-6, **options)
+    for row, expected in zip(smoothed, plain, strict=True):
+        assert row == pytest.approx(expected, rel=2e-4)
 
 
 def test_evaluation_loss_of_trainer(recording, tmp_path):
@@ -344,6 +353,22 @@ def test_lora_trains_its_experts_alone_merges_and_reloads(recordings, conversati
 # -- two processes -----------------------------------------------------------------------------------------------------
 
 
+def losses_of_pairs(recording) -> list[float]:
+    """Losses of steps over two of the mixed examples at a time, then of the first two without a step."""
+    model = fresh_model(recording).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    collate = recording.processor.training_batch
+    losses = []
+    for start in range(0, 8, 2):
+        loss = model(**collate(mixed_examples()[start : start + 2])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    with torch.no_grad():
+        return [*losses, model.eval()(**collate(mixed_examples()[:2])).loss.item()]
+
+
 def test_ddp_and_fsdp_give_the_losses_of_one_process(recordings, tmp_path):
     recording = recordings["qwen3"]
     batches = [dict(recording.processor.training_batch([one])) for one in mixed_examples()]
@@ -351,18 +376,7 @@ def test_ddp_and_fsdp_give_the_losses_of_one_process(recordings, tmp_path):
     torchrun("tests/distributed_worker.py", "train", recording.folder, tmp_path / "batches.pt", tmp_path / "losses.pt")
     losses = torch.load(tmp_path / "losses.pt")
 
-    model = fresh_model(recording).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    collate = recording.processor.training_batch
-    expected = []
-    for start in range(0, 8, 2):
-        loss = model(**collate(mixed_examples()[start : start + 2])).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(loss.item())
-    with torch.no_grad():
-        expected.append(model.eval()(**collate(mixed_examples()[:2])).loss.item())
+    expected = losses_of_pairs(recording)
     assert expected[-1] < expected[0]
     for strategy in ("ddp", "fsdp1", "fsdp2"):
         assert losses[strategy] == pytest.approx(expected, rel=1e-4), strategy
@@ -375,3 +389,16 @@ def test_example_on_two_processes_logs_the_losses_of_one(recordings, conversatio
     torchrun("examples/finetune.py", *options, "--output", two, "--batch-size", 1)
     for row, expected in zip(logged(two), logged(one), strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
+
+
+def test_streaming_gives_the_losses_of_its_batches(recordings, conversations, tmp_path):
+    recording = recordings["qwen3"]
+    examples = finetune.load_conversations(conversations)
+    expected = pytest.approx(losses_of_pairs(recording)[:-1], rel=1e-3)
+    assert train_on_stream(recording.folder, examples) == expected
+    torch.save(examples, tmp_path / "examples.pt")
+    files = (tmp_path / "examples.pt", tmp_path / "losses.pt")
+    torchrun("tests/distributed_worker.py", "train_on_stream", recording.folder, *files)
+    assert torch.load(files[1]) == expected
+    with pytest.raises(ValueError, match="dispatch_batches"):  # Trainer's default, which slices each tensor by rows
+        train_on_stream(recording.folder, examples, accelerator_config=None)
