@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs load, chat, sessions, all of generate, save and reload, and a training step under other transformers versions,
-# each in a virtual environment of its own that is kept for the next run.
+# Runs load, chat, sessions, all of generate, save and reload, PEFT, a training step and TRL's trainers under other
+# transformers versions, each in a virtual environment of its own that is kept for the next run.
 #
-#   bash tests/compat.sh                    # 4.57.x, 5.0.0 and the newest 5.x
+#   bash tests/compat.sh                    # 4.57.x with TRL 0.25, 5.0.0, and the newest 5.x with TRL 1.16
 #   bash tests/compat.sh 4.51.0 '5.*'       # these versions, as pip writes them
 #   TESTS=tests bash tests/compat.sh        # the whole suite instead of the files that speak for it
 set -euo pipefail
@@ -11,15 +11,17 @@ cd "$(dirname "$0")/.."
 versions=("$@")
 if [ ${#versions[@]} -eq 0 ]; then versions=('4.57.*' '5.0.0' '5.*'); fi
 environments=${COMPAT_ENVIRONMENTS:-.venv-compat}
-tests=${TESTS:-$(echo tests/test_{compatibility,reference_parity,chat,generation}.py)}
+tests=${TESTS:-$(echo tests/test_{compatibility,reference_parity,chat,generation,trl}.py)}
+declare -A trl=(['4.57.*']='trl==0.25.1 datasets' ['5.*']='trl==1.16.0 datasets')
 failed=()
 
 for version in "${versions[@]}"; do
     environment="$environments/transformers-${version//\*/x}"
     [ -d "$environment" ] || python3 -m venv "$environment"
     # What requirements-dev.txt names, without the versions that go with transformers 4.51.
+    # shellcheck disable=SC2086  # several packages
     "$environment/bin/pip" install --quiet --upgrade "transformers==$version" torch==2.13.0 accelerate safetensors pillow \
-        numpy jinja2 tqdm sentencepiece protobuf pytest pytest-timeout matplotlib
+        numpy jinja2 tqdm sentencepiece protobuf pytest pytest-timeout matplotlib peft ${trl[$version]:-}
     echo "== $("$environment/bin/python" -c 'import transformers; print("transformers", transformers.__version__)')"
     # shellcheck disable=SC2086  # several files
     "$environment/bin/python" -m pytest -q $tests || failed+=("$version")

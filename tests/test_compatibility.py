@@ -221,3 +221,76 @@ def test_plain_use_prints_the_answer_and_nothing_else(tmp_path, monkeypatch):
     command = [sys.executable, "-c", PLAIN_USE, str(ROOT), str(ROOT / "examples" / "chart.png")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.stdout, run.stderr) == ("B B\n", "")
+
+
+# -- PEFT --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recording_for_peft(recordings):
+    """The other one's connector has a norm as long as its vocabulary, which PEFT takes for the embeddings."""
+    return recordings["internlm2"]
+
+
+def adapted(recording, kind):
+    peft = pytest.importorskip("peft")
+    virtual = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    config = {
+        "prompt tuning": lambda: peft.PromptTuningConfig(**virtual),
+        "p-tuning": lambda: peft.PromptEncoderConfig(**virtual, encoder_hidden_size=32),
+        "prefix tuning": lambda: peft.PrefixTuningConfig(**virtual),
+        "LoRA": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
+    }[kind]()
+    return peft.get_peft_model(AutoModel.from_pretrained(recording.folder, trust_remote_code=True), config)
+
+
+@pytest.mark.parametrize("kind", ["prompt tuning", "p-tuning", "prefix tuning", "LoRA"])
+def test_adapter_trains_generates_and_reloads(recording_for_peft, tmp_path, kind):
+    recording = recording_for_peft
+    model = adapted(recording, kind).train()
+    prompts = [conversation("What?", recorded_image(90, 60, 0)), conversation("And what else is there to say?")]
+    answer = {"role": "assistant", "content": "a wave"}
+    batch = recording.processor.training_batch([{"messages": [*messages, answer]} for messages in prompts])
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    inputs = dict(recording.processor.apply_chat_template(prompts, **options))
+    together = model.eval().generate(**inputs, **GREEDY, eos_token_id=None)
+    sequence, mask = inputs["input_ids"], inputs["attention_mask"]
+    for _ in range(GREEDY["max_new_tokens"]):
+        grown = inputs | {"input_ids": sequence, "attention_mask": mask}
+        with torch.no_grad():
+            logits = model(**grown, use_cache=False).logits
+        sequence = torch.cat([sequence, logits[:, -1:].argmax(-1)], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    assert torch.equal(together, sequence)
+
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(recording.folder, trust_remote_code=True)
+    reloaded = sys.modules["peft"].PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(reloaded.generate(**inputs, **GREEDY, eos_token_id=None), together)
+
+
+def test_virtual_tokens_are_tokens_in_front_of_the_prompt(recording_for_peft):
+    recording = recording_for_peft
+    model = adapted(recording, "prompt tuning").eval()
+    messages = conversation("What?", recorded_image(90, 60, 0))
+    inputs = dict(
+        recording.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    )
+    ids = torch.tensor([recording.tokenizer("Say it as you see it", add_special_tokens=False)["input_ids"][:4]])
+    embedding = model.prompt_encoder["default"].embedding.weight
+    embedding.data = recording.model.get_input_embeddings()(ids[0]).detach()
+    with torch.no_grad():
+        actual = model(**inputs).logits
+        longer = {"input_ids": torch.cat([ids, inputs["input_ids"]], dim=1), "attention_mask": None}
+        expected = recording.model(**inputs | longer).logits
+    assert relative_error(actual, expected) < 1e-5
