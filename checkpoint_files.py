@@ -288,12 +288,18 @@ def write_safetensors(path: Path, plans: Mapping[str, TensorPlan], progress: Cal
     return [f"{whole.hexdigest()}  {path.name}", *lines]
 
 
+def bounds(tensor: Tensor) -> tuple[float, float]:
+    """The smallest and the largest number; NaN, if there is one, is both."""
+    lowest, highest = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
+    return float(lowest), float(highest)
+
+
 def make_finite(name: str, plan: TensorPlan) -> Tensor:
     tensor = plan.make().to(plan.dtype).contiguous()
     if tuple(tensor.shape) != plan.shape:
         raise AssertionError(f"{name} came out as {tuple(tensor.shape)}, planned as {plan.shape}")
-    lowest, highest = (bound.item() for bound in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
-    if not (math.isfinite(lowest) and math.isfinite(highest)):  # NaN is both
+    lowest, highest = bounds(tensor)
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
         raise ValueError(f"{name} is not finite as {plan.dtype}: its numbers go from {lowest} to {highest}")
     return tensor
 

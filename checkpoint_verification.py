@@ -25,7 +25,17 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import checkpoint_layouts as layouts
-from checkpoint_files import CHECKSUMS_NAME, DTYPES, Tensors, preview, read_checksums, read_json, sha256, tensor_bytes
+from checkpoint_files import (
+    CHECKSUMS_NAME,
+    DTYPES,
+    Tensors,
+    bounds,
+    preview,
+    read_checksums,
+    read_json,
+    sha256,
+    tensor_bytes,
+)
 from checkpoint_plans import Conversion, copy_code, plan_from_llm, plan_official, read_config
 from checkpoint_tokenizers import check_ids
 from navil_modules import CODE_FILES, ROOT, image_processing, modeling, tokenization
@@ -146,7 +156,7 @@ def finding(check: str, result: str, **problems: Sequence[str]) -> Finding:
 
 
 def odd_numbers(name: str, tensor: Tensor) -> list[str]:
-    if tensor.isfinite().all():
+    if all(map(math.isfinite, bounds(tensor))):
         return []
     return [f"{name} has {int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} infinite numbers"]
 

@@ -2,7 +2,6 @@
 
     python tests/coverage_fuzz.py images -max_total_time=600 -len_control=0
     python tests/coverage_fuzz.py slots -max_total_time=600 -len_control=0
-    python tests/coverage_fuzz.py config -max_total_time=600 -len_control=0
 
 What follows the target's name goes to atheris and libFuzzer. Any error but a ValueError ends the run with the input.
 """
@@ -18,12 +17,10 @@ with atheris.instrument_imports(include=["navil", "PIL"]):
     import conftest  # noqa: F401
     from hypothesis import given
     from hypothesis import strategies as st
-    from navil import configuration_navil as configuration
     from navil import image_processing_navil as image_processing
     from navil import tokenization_navil as tokenization
 
 from fuzzing import damaged_files, fuzz, texts
-from test_robustness import OWN_FIELDS, values
 
 DAMAGED = Path(tempfile.mkdtemp(prefix="navil-fuzz-")) / "damaged"
 
@@ -55,20 +52,9 @@ def slots(prompts, grids, num_scales):
     assert sum(text.count("<img>") for text in expanded) == len(num_scales)
 
 
-@fuzz
-@given(data=st.data())
-def config(data):
-    config_class = data.draw(st.sampled_from(sorted(OWN_FIELDS, key=str)))
-    names = st.sampled_from(sorted(OWN_FIELDS[config_class]))
-    try:
-        getattr(configuration, config_class.__name__)(**data.draw(st.dictionaries(names, values, max_size=3)))
-    except ValueError:
-        pass
-
-
 def main() -> None:
     warnings.simplefilter("ignore")
-    targets = {"images": images, "slots": slots, "config": config}
+    targets = {"images": images, "slots": slots}
     name = sys.argv.pop(1)
     atheris.Setup(sys.argv, targets[name].hypothesis.fuzz_one_input)
     atheris.Fuzz()
