@@ -1074,7 +1074,10 @@ class NaViLModel(NaViLPreTrainedModel):
             visual_token_mask = F.pad(visual_token_mask, (num_virtual, 0))
         slots = self.find_tokens(self.config.image_token_id, input_ids, inputs_embeds) & visual_token_mask
         inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        visual_tokens = self.get_image_features(pixel_values, image_grid_thw)
+        if len(pixel_values):
+            visual_tokens = self.get_image_features(pixel_values, image_grid_thw)
+        else:  # rows without images, cut from a batch that has some
+            visual_tokens = self._features_of_no_image(inputs_embeds.device)
         return fill_slots(inputs_embeds, slots, visual_tokens), visual_token_mask
 
     def _features_of_no_image(self, device: torch.device) -> Tensor:
@@ -1363,6 +1366,8 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, visual_token_mask: Tensor | None = None, **kwargs
     ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if "cache" in inputs:  # PEFT, which puts virtual tokens in front, looks for it by its older name
+            inputs["past_key_values"] = inputs.pop("cache")
         tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         num_new, num_cached = tokens.shape[1], input_ids.shape[1] - tokens.shape[1]
         if visual_token_mask is not None:
