@@ -22,13 +22,12 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 MAX_ASPECT_RATIO = 200
 DOWNLOAD_TIMEOUT = 30  # seconds
-ORIENTATION_TAG = 0x0112  # of EXIF
 DRAFT_MARGIN = 2  # a JPEG decoded at a fraction of its size keeps sides of this many times the largest scale's
 PATCHES_AT_ONCE = 64  # normalized together, so that temporary arrays stay in the CPU's cache
 
@@ -90,8 +89,7 @@ def flatten_images(images: Any, depth: int = 2) -> list[Any]:
     if getattr(images, "ndim", None) == 4:
         return list(images)
     is_image = isinstance(images, str | bytes | bytearray | memoryview | Mapping)
-    is_image = is_image or hasattr(images, "read") or hasattr(images, "__array__")
-    if is_image or not isinstance(images, Iterable):
+    if is_image or hasattr(images, "read") or hasattr(images, "__array__") or not isinstance(images, Iterable):
         return [images]
     if depth == 0:
         raise ValueError("images may be a list of images or a list of such lists, got lists nested deeper")
@@ -101,9 +99,8 @@ def flatten_images(images: Any, depth: int = 2) -> list[Any]:
 def image_source(image: Any) -> tuple[Any, dict[str, Any]]:
     """The image in a dict, and the `min_pixels` and `max_pixels` that the dict sets for it; else `image` itself.
 
-    Args:
-        image: a message's part, `{"type": "image", "image": ...}` or `{"type": "image_url", "image_url": {"url":
-            ...}}`, or a data set's `{"bytes": ..., "path": ...}`; keys that are None do not count.
+    A dict is a message's part, `{"type": "image", "image": ...}` or `{"type": "image_url", "image_url": {"url": ...}}`,
+    or a data set's `{"bytes": ..., "path": ...}`; keys that are None do not count.
 
     Raises:
         ValueError: a dict without an image.
@@ -167,8 +164,7 @@ def _open_file(source: Any) -> Image.Image:
     if hasattr(source, "read"):
         return Image.open(source)
     if not isinstance(source, str):
-        kinds = "a PIL image, a path, a URL, base64 text, bytes, an open file, a dict or an array"
-        raise TypeError(f"expected {kinds}, got {type(source).__name__}")
+        raise TypeError(f"expected an image, path, URL, text, bytes, open file or array, got {type(source).__name__}")
     if source[:8].lower().startswith(URL_SCHEMES):
         request = Request(quote(source, safe=string.punctuation), headers={"User-Agent": "navil"})
         with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
@@ -190,7 +186,7 @@ def _upright_rgb(image: Image.Image, max_pixels: float) -> tuple[Image.Image, tu
         image.draft(None, (math.ceil(width / shrink), math.ceil(height / shrink)))
     is_draft = image.size != (width, height)
     image.load()
-    orientation = image.getexif().get(ORIENTATION_TAG, 1)  # a TIFF has turned itself by now
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # a TIFF has turned itself by now
     upright = image if orientation == 1 else ImageOps.exif_transpose(image)
     if not is_draft:
         width, height = upright.size
@@ -237,9 +233,9 @@ def _image_from_array(image: Any, input_data_format: str | None) -> Image.Image:
     if array.size == 0 or not (array.ndim == 2 or array.ndim == 3 and array.shape[-1] in (3, 4)):
         raise ValueError(f"an image array must be (H, W), (H, W, C) or (C, H, W), C 1, 3 or 4; got {shape}")
     is_float = array.dtype.kind == "f"
-    if array.dtype.kind not in "iuf" or not (array.min() >= 0 and array.max() <= (1 if is_float else 255)):
-        kinds = "integers from 0 to 255 or floating point, finite numbers between 0 and 1"
-        raise ValueError(f"an image array must hold {kinds}; got others of {array.dtype}")
+    limit = 1 if is_float else 255
+    if array.dtype.kind not in "iuf" or not (array.min() >= 0 and array.max() <= limit):  # NaN fails too
+        raise ValueError(f"{array.dtype} pixels must be integers from 0 to 255 or finite numbers between 0 and 1")
     array = np.round(array * 255) if is_float else array
     return Image.fromarray(np.ascontiguousarray(array, dtype=np.uint8)).convert("RGB")
 
@@ -292,10 +288,8 @@ def plan_scales(
 def count_slot_tokens(scales: Sequence[tuple[int, int]], cell: int) -> int:
     """Tokens of an image's slot in a prompt (reference §6): `<img>`, its scales and `</img>`.
 
-    Args:
-        scales: (height, width) of each scale of each frame, in any unit. A scale has a token for each merged cell, one
-            at the end of each row of cells and one at its own end.
-        cell: side of a merged cell, in the same unit.
+    A scale (height, width) of a frame has a token for each merged cell, one at the end of each row of cells and one at
+    its own end; `cell` is the side of a merged cell in the same unit.
     """
     return 2 + sum(math.ceil(height / cell) * (math.ceil(width / cell) + 1) + 1 for height, width in scales)
 
@@ -305,11 +299,8 @@ def largest_fitting_budget(
 ) -> int | None:
     """The largest `max_pixels` that bisection finds with which all images' slots take at most `max_tokens`.
 
-    Args:
-        images: of each, the (height, width) in pixels that it may have, its `min_pixels` and its `max_pixels`.
-
-    Returns:
-        None when not even `min_pixels` is small enough.
+    `images` gives for each the (height, width) in pixels that it may have, its `min_pixels` and its `max_pixels`. None
+    if not even `min_pixels` is small enough.
     """
 
     def count_tokens(limit: int) -> int:
@@ -488,12 +479,9 @@ class NaViLImageProcessor(BaseImageProcessor):
         if num_tokens > context_length:
             fitting = largest_fitting_budget(planned, cell, tau, context_length - num_text_tokens)
             raise context_error(num_tokens, context_length, len(sources), fitting)
-        data = {
-            "pixel_values": packed[0] if len(packed) == 1 else np.concatenate(packed),
-            "image_grid_thw": np.array(grids, dtype=np.int64),
-            "num_scales": np.array(num_scales, dtype=np.int64),
-        }
-        return BatchFeature(data, tensor_type=return_tensors)
+        pixel_values = packed[0] if len(packed) == 1 else np.concatenate(packed)
+        counts = {"image_grid_thw": np.array(grids, np.int64), "num_scales": np.array(num_scales, np.int64)}
+        return BatchFeature({"pixel_values": pixel_values, **counts}, tensor_type=return_tensors)
 
     def _pack_scales(
         self, image: Image.Image, sizes: Sequence[tuple[int, int]], pool: ThreadPoolExecutor

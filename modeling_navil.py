@@ -920,9 +920,7 @@ class NaViLModel(NaViLPreTrainedModel):
             ValueError: the config does not know the token.
         """
         if token_id is None:
-            raise ValueError(
-                "config.image_token_id and image_start_token_id are not set: call init_special_token_ids(tokenizer)"
-            )
+            raise ValueError("the config lacks the image tokens' ids: call init_special_token_ids(tokenizer)")
         if input_ids is not None:
             return input_ids == token_id
         embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
@@ -1022,15 +1020,12 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
                 meant = f"use_flash_attn={use_flash_attn} means attn_implementation={implementation!r}"
                 raise ValueError(f"{meant}, but {given!r} is given too")
             if use_flash_attn and not is_flash_attn_2_available():
-                raise ValueError(
-                    "use_flash_attn=True needs an NVIDIA GPU and the package flash-attn; "
-                    "without use_flash_attn the model runs on torch's own attention"
-                )
+                raise ValueError("use_flash_attn=True needs an NVIDIA GPU and the package flash-attn; or leave it out")
         loaded = super().from_pretrained(*args, **kwargs)
         if kwargs.get("subfolder") and kwargs.get("generation_config") is None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             file = f"{kwargs['subfolder']}/{GENERATION_CONFIG_NAME}"
-            names = {"revision", "token", "cache_dir", "local_files_only"} & kwargs.keys()
+            names = kwargs.keys() & {"revision", "token", "cache_dir", "local_files_only"}
             source = {name: kwargs[name] for name in names}
             with suppress(OSError):  # transformers 5 reads the root's file, not the subfolder's
                 model.generation_config = GenerationConfig.from_pretrained(args[0], file, **source)
