@@ -12,27 +12,24 @@ import math
 import os
 import string
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from io import BytesIO
-from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 MAX_ASPECT_RATIO = 200
 DOWNLOAD_TIMEOUT = 30  # seconds
-ORIENTATION_TAG = 0x0112  # of EXIF
-DRAFT_MARGIN = 2
-"""A JPEG is decoded at a fraction of its size only while its sides stay this many times those of the largest scale."""
-PATCHES_AT_ONCE = 64
-"""Patches are normalized in blocks of this size, so that temporary arrays stay in the CPU's cache."""
+DRAFT_MARGIN = 2  # a JPEG decoded at a fraction of its size keeps sides of this many times the largest scale's
+PATCHES_AT_ONCE = 64  # normalized together, so that temporary arrays stay in the CPU's cache
 
 IMAGE_KEYS = ("image", "bytes", "base64", "url", "image_url", "path")
 """Where a dict holds its image; the first one counts, as the `path` beside a dataset's `bytes` may be a mere name."""
@@ -41,42 +38,30 @@ CALL_SETTINGS = ("min_pixels", "max_pixels", "scale_downsample_ratio", "multi_sc
 SETTINGS = ("patch_size", "merge_size", *CALL_SETTINGS, "image_mean", "image_std")
 SERVICE_KEYS = ("auto_map", "processor_class", "image_processor_type", "feature_extractor_type")  # of transformers
 RELEASED_SETTINGS = {
-    "do_convert_rgb": True,
-    "do_resize": False,
-    "do_center_crop": False,
-    "do_pad": True,
-    "do_rescale": True,
-    "do_normalize": True,
+    **dict.fromkeys(("do_convert_rgb", "do_pad", "do_rescale", "do_normalize"), True),
+    **dict.fromkeys(("do_resize", "do_center_crop"), False),
 }
-"""transformers' usual switches, with the only values that NaViL was trained with. `do_resize` would distort an image to
-whole cells, `do_pad` pads it to them; either way it is resized to fit the pixel budget first."""
+"""transformers' usual switches, with the only values that NaViL was trained with. Images are always resized to fit the
+pixel budget; `do_resize` would then distort them to whole cells, where `do_pad` pads them."""
 
 
-def number(value: Any, name: str) -> int | float:
-    """A number of any type (Python, NumPy, 0-d array or tensor, Fraction, Decimal) as an int if whole, else a float.
-
-    Raises:
-        ValueError: not a number.
-    """
-    try:
-        value = float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"{name} must be a number, got {value!r:.80}") from error
+def number(value: Any) -> int | float:
+    """A number of any type (Python, NumPy, 0-d array or tensor, Fraction, Decimal) as an int if whole, else a float."""
+    value = float(value)
     return int(value) if value.is_integer() else value
 
 
-def whole_number(value: Any, name: str, minimum: int = 1) -> int:
-    """As `number`; a ValueError also for a fraction and for less than `minimum`."""
-    whole = number(value, name)
-    if not isinstance(whole, int) or whole < minimum:
-        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r:.80}")
+def whole_number(value: Any, name: str) -> int:
+    """As `number`; a ValueError for a fraction and for less than 1."""
+    whole = number(value)
+    if not isinstance(whole, int) or whole < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {whole}")
     return whole
 
 
 def scale_settings(min_pixels: Any, max_pixels: Any, scale_downsample_ratio: Any) -> tuple[float, float, float]:
-    """As `number`, each; a ValueError also unless 0 < min_pixels <= max_pixels and 0 < scale_downsample_ratio < 1."""
-    low, high = number(min_pixels, "min_pixels"), number(max_pixels, "max_pixels")
-    tau = float(number(scale_downsample_ratio, "scale_downsample_ratio"))
+    """As `number`, each; a ValueError unless 0 < min_pixels <= max_pixels and 0 < scale_downsample_ratio < 1."""
+    low, high, tau = number(min_pixels), number(max_pixels), float(scale_downsample_ratio)
     if not 0 < low <= high:  # NaN fails too
         raise ValueError(f"need 0 < min_pixels <= max_pixels, got {low} and {high}")
     if not 0 < tau < 1:
@@ -86,24 +71,13 @@ def scale_settings(min_pixels: Any, max_pixels: Any, scale_downsample_ratio: Any
 
 def check_switches(settings: Mapping[str, Any], allowed: Sequence[str]) -> None:
     """Raises a ValueError for an unknown keyword, and for a switch of transformers that NaViL was not trained with."""
+    settings = {name: value for name, value in settings.items() if value is not None}
     for name, value in settings.items():
-        if value is None:
-            continue
         if name not in RELEASED_SETTINGS:
-            raise ValueError(
-                f"the image processor has no setting {name}={value!r:.80}; sizes follow from min_pixels and "
-                f"max_pixels, the settings are {', '.join(allowed)}"
-            )
+            names = ", ".join(allowed)
+            raise ValueError(f"the image processor has no setting {name}={value!r:.80}; its settings are {names}")
         if bool(value) != RELEASED_SETTINGS[name]:
             raise ValueError(f"{name} must be {RELEASED_SETTINGS[name]}, as NaViL was trained; got {value!r:.80}")
-
-
-class Picture(NamedTuple):
-    """An upright RGB picture and its full size in pixels, of which the pixels may be a draft."""
-
-    pixels: Image.Image
-    height: int
-    width: int
 
 
 def flatten_images(images: Any, depth: int = 2) -> list[Any]:
@@ -115,8 +89,7 @@ def flatten_images(images: Any, depth: int = 2) -> list[Any]:
     if getattr(images, "ndim", None) == 4:
         return list(images)
     is_image = isinstance(images, str | bytes | bytearray | memoryview | Mapping)
-    is_image = is_image or hasattr(images, "read") or hasattr(images, "__array__")
-    if is_image or not isinstance(images, Iterable):
+    if is_image or hasattr(images, "read") or hasattr(images, "__array__") or not isinstance(images, Iterable):
         return [images]
     if depth == 0:
         raise ValueError("images may be a list of images or a list of such lists, got lists nested deeper")
@@ -124,12 +97,10 @@ def flatten_images(images: Any, depth: int = 2) -> list[Any]:
 
 
 def image_source(image: Any) -> tuple[Any, dict[str, Any]]:
-    """The image in a dict, and the `min_pixels` and `max_pixels` that the dict sets for it.
+    """The image in a dict, and the `min_pixels` and `max_pixels` that the dict sets for it; else `image` itself.
 
-    Args:
-        image: a message's part, as `{"type": "image", "image": ...}`, `{"type": "image_url", "image_url": {"url":
-            ...}}`, or a data set's `{"bytes": ..., "path": ...}`; keys that are None do not count. Anything else is
-            returned as it is.
+    A dict is a message's part, `{"type": "image", "image": ...}` or `{"type": "image_url", "image_url": {"url": ...}}`,
+    or a data set's `{"bytes": ..., "path": ...}`; keys that are None do not count.
 
     Raises:
         ValueError: a dict without an image.
@@ -152,38 +123,38 @@ def load_image(image: Any, input_data_format: str | None = None) -> Image.Image:
         image: a PIL image; a path; a `file://`, `http(s)://` or `data:` URL; base64 text; the bytes of an image file
             or a file opened for reading them; a dict as in `image_source`; or an array or tensor, (H, W), (H, W, C) or
             (C, H, W) with 1, 3 or 4 channels, integers from 0 to 255 or floating point between 0 and 1.
-        input_data_format: `channels_first` or `channels_last` of an array; None finds out, channels last where both
-            fit.
+        input_data_format: `channels_first` or `channels_last` of an array; None prefers the latter where both fit.
 
-    An EXIF orientation is applied, so that a phone's photo is seen the way people see it. Transparency is dropped, as
-    the released model does: a pixel has the color that is stored for it. Of an animated file the first frame is
-    taken, of an opened one the current frame. 16-bit gray is brought to 8 bits; Pillow's modes I and F count from 0 to
-    255 (and a picture of mode F not from 0 to 1, which would be black).
+    EXIF orientation is applied. Transparency is dropped, as in the released model: a pixel has its stored color. Of an
+    animated file the first frame is taken, of an opened one the current frame. 16-bit gray is reduced to 8 bits;
+    Pillow's modes I and F must count from 0 to 255 (and mode F not from 0 to 1, which would be black).
 
     Raises:
-        ValueError: not an image, an unreadable file, a failed download, Pillow's decompression-bomb error, or an array
-            of another kind.
+        ValueError: an unreadable source, one beyond Pillow's decompression-bomb limit, or an array of another kind.
     """
-    return load_picture(image, None, input_data_format).pixels
+    return load_sized_image(image, input_data_format=input_data_format)[0]
 
 
-def load_picture(image: Any, max_pixels: float | None = None, input_data_format: str | None = None) -> Picture:
-    """As `load_image`; a JPEG file far above `max_pixels` is decoded at a half, a quarter or an eighth of its size."""
+def load_sized_image(
+    image: Any, max_pixels: float = math.inf, input_data_format: str | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """As `load_image`, and the image's full (height, width).
+
+    A JPEG file far above `max_pixels` is decoded at a half, a quarter or an eighth of its size.
+    """
     image, _ = image_source(image)
     if hasattr(image, "__array__") and not isinstance(image, Image.Image):
-        pixels = _image_from_array(image, input_data_format)
-        return Picture(pixels, pixels.height, pixels.width)
+        image = _image_from_array(image, input_data_format)
     image = os.fspath(image) if isinstance(image, os.PathLike) else image
     try:
         if isinstance(image, Image.Image):
-            return _upright_rgb(image, None)
+            return _upright_rgb(image, math.inf)
         with _open_file(image) as file:
             return _upright_rgb(file, max_pixels)
     except Exception as error:  # Pillow's decoders raise whatever they run into
-        name, reason = repr(image), str(error) or type(error).__name__
-        if len(name) > (80 if name[1:].lower().startswith(URL_SCHEMES) else 255):  # a path is shown whole
-            name = f"{name[:50]}...{name[-27:]}"
-        raise ValueError(f"cannot read an image from {name}: {reason}") from error
+        name = repr(image)
+        name = name if len(name) < 200 else f"{name[:50]}...{name[-27:]}"
+        raise ValueError(f"cannot read an image from {name}: {str(error) or type(error).__name__}") from error
 
 
 def _open_file(source: Any) -> Image.Image:
@@ -193,8 +164,7 @@ def _open_file(source: Any) -> Image.Image:
     if hasattr(source, "read"):
         return Image.open(source)
     if not isinstance(source, str):
-        kinds = "a PIL image, a path, a URL, base64 text, bytes, an open file, a dict or an array"
-        raise TypeError(f"expected {kinds}, got {type(source).__name__}")
+        raise TypeError(f"expected an image, path, URL, text, bytes, open file or array, got {type(source).__name__}")
     if source[:8].lower().startswith(URL_SCHEMES):
         request = Request(quote(source, safe=string.punctuation), headers={"User-Agent": "navil"})
         with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
@@ -207,23 +177,22 @@ def _open_file(source: Any) -> Image.Image:
         raise FileNotFoundError("no such file, and no base64 text of an image") from None
 
 
-def _upright_rgb(image: Image.Image, max_pixels: float | None) -> Picture:
+def _upright_rgb(image: Image.Image, max_pixels: float) -> tuple[Image.Image, tuple[int, int]]:
     width, height = image.size
     if 0 in image.size:
         raise ValueError(f"an image must have at least one pixel, got {width} x {height}")
-    if max_pixels is not None:
-        shrink = math.sqrt(height * width / max_pixels) / DRAFT_MARGIN
-        if shrink >= 2:
-            image.draft(None, (math.ceil(width / shrink), math.ceil(height / shrink)))
-    drafted = image.size != (width, height)
+    shrink = math.sqrt(height * width / max_pixels) / DRAFT_MARGIN
+    if shrink >= 2:
+        image.draft(None, (math.ceil(width / shrink), math.ceil(height / shrink)))
+    is_draft = image.size != (width, height)
     image.load()
-    orientation = image.getexif().get(ORIENTATION_TAG, 1)  # a TIFF has turned itself by now
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # a TIFF has turned itself by now
     upright = image if orientation == 1 else ImageOps.exif_transpose(image)
-    if not drafted:
+    if not is_draft:
         width, height = upright.size
     elif orientation in (5, 6, 7, 8):
         width, height = height, width
-    return Picture(_to_rgb(upright), height, width)
+    return _to_rgb(upright), (height, width)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -248,30 +217,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _image_from_array(image: Any, input_data_format: str | None) -> Image.Image:
+    if input_data_format not in (None, "channels_first", "channels_last"):
+        raise ValueError(f"input_data_format must be channels_first or channels_last, got {input_data_format!r}")
     if hasattr(image, "detach"):  # a tensor; NumPy has no bfloat16
         image = image.detach().cpu()
         image = image.float() if image.is_floating_point() else image
     array = np.asarray(image)
     shape = array.shape
-    if input_data_format not in (None, "channels_first", "channels_last"):
-        raise ValueError(f"input_data_format must be channels_first or channels_last, got {input_data_format!r}")
-    if array.ndim == 3 and input_data_format is None:
+    if array.ndim == 3:
         is_first = shape[-1] not in (1, 3, 4) and shape[0] in (1, 3, 4)
-        input_data_format = "channels_first" if is_first else "channels_last"
-    if array.ndim == 3 and input_data_format == "channels_first":
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[-1] == 1:
-        array = array[..., 0]
+        if input_data_format is not None:
+            is_first = input_data_format == "channels_first"
+        array = array.transpose(1, 2, 0) if is_first else array
+        array = array[..., 0] if array.shape[-1] == 1 else array
     if array.size == 0 or not (array.ndim == 2 or array.ndim == 3 and array.shape[-1] in (3, 4)):
         raise ValueError(f"an image array must be (H, W), (H, W, C) or (C, H, W), C 1, 3 or 4; got {shape}")
-    if np.issubdtype(array.dtype, np.floating):
-        if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
-            raise ValueError("a floating-point image array must hold finite numbers between 0 and 1")
-        array = np.round(array * 255)
-    elif array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
-        raise ValueError(
-            f"an image array must hold integers from 0 to 255 or floating point between 0 and 1; got {array.dtype}"
-        )
+    is_float = array.dtype.kind == "f"
+    limit = 1 if is_float else 255
+    if array.dtype.kind not in "iuf" or not (array.min() >= 0 and array.max() <= limit):  # NaN fails too
+        raise ValueError(f"{array.dtype} pixels must be integers from 0 to 255 or finite numbers between 0 and 1")
+    array = np.round(array * 255) if is_float else array
     return Image.fromarray(np.ascontiguousarray(array, dtype=np.uint8)).convert("RGB")
 
 
@@ -307,106 +272,69 @@ def plan_scales(
         tau: side ratio of consecutive scales; `None` plans the largest scale only.
     """
     sizes: list[tuple[int, int]] = []
-    smallest_area = math.inf
-    budget = max_pixels
+    smallest_area, budget = math.inf, max_pixels
     while budget >= min_pixels:
         size = fit_to_budget(height, width, min_pixels, budget)
         padded_area = math.prod(math.ceil(side / cell) * cell for side in size)
         if padded_area >= smallest_area:
             break
         sizes.append(size)
-        if tau is None:
-            break
         smallest_area = padded_area
         # The released helper rounds the next budget to float32, which decides ties.
-        budget = float(np.float32(padded_area) * np.float32(tau**2))
+        budget = 0 if tau is None else float(np.float32(padded_area) * np.float32(tau**2))
     return sizes[::-1]
 
 
-def count_grid_tokens(grids: Sequence[Sequence[int]], merge: int) -> int:
+def count_slot_tokens(scales: Sequence[tuple[int, int]], cell: int) -> int:
     """Tokens of an image's slot in a prompt (reference §6): `<img>`, its scales and `</img>`.
 
-    Args:
-        grids: (frames, rows, columns) of each scale, in patches. A frame has a token for each merged cell, one at the
-            end of each row of them and one at its own.
-        merge: side of a merged cell, in patches.
+    A scale (height, width) of a frame has a token for each merged cell, one at the end of each row of cells and one at
+    its own end; `cell` is the side of a merged cell in the same unit.
     """
-    return 2 + sum(frames * (rows // merge * (columns // merge + 1) + 1) for frames, rows, columns in grids)
-
-
-def count_slot_tokens(*plans: Sequence[tuple[int, int]], cell: int) -> int:
-    """As `count_grid_tokens`, of scales as `plan_scales` gives them, with merged cells of `cell` pixels.
-
-    Several plans are those of sizes between which an image's lies: counted are the most rows and columns of each scale.
-    """
-    grids = []
-    for scales in zip_longest(*(plan[::-1] for plan in plans)):
-        heights, widths = zip(*filter(None, scales), strict=True)
-        grids.append((1, math.ceil(max(heights) / cell), math.ceil(max(widths) / cell)))
-    return count_grid_tokens(grids, 1)
+    return 2 + sum(math.ceil(height / cell) * (math.ceil(width / cell) + 1) + 1 for height, width in scales)
 
 
 def largest_fitting_budget(
-    images: Sequence[Sequence[tuple[int, int]]],
-    cell: int,
-    min_pixels: float | Sequence[float],
-    max_pixels: float | Sequence[float],
-    tau: float | None,
-    max_tokens: int,
+    images: Sequence[tuple[Sequence[tuple[int, int]], float, float]], cell: int, tau: float | None, max_tokens: int
 ) -> int | None:
-    """A `max_pixels`, as large as bisection finds it, with which all images' slots take `max_tokens` at most.
+    """The largest `max_pixels` that bisection finds with which all images' slots take at most `max_tokens`.
 
-    Args:
-        images: (height, width) in pixels of each image; several of an image that is not known exactly.
-        min_pixels, max_pixels: budget of all images, or of each; the result limits that of each image.
-
-    Returns:
-        None when not even `min_pixels` is small enough.
+    `images` gives for each the (height, width) in pixels that it may have, its `min_pixels` and its `max_pixels`. None
+    if not even `min_pixels` is small enough.
     """
-    budgets = np.broadcast_to(min_pixels, len(images)), np.broadcast_to(max_pixels, len(images))
 
-    def fits(limit: int) -> bool:
+    def count_tokens(limit: int) -> int:
         num_tokens = 0
-        for sizes, least, most in zip(images, *budgets, strict=True):
+        for sizes, least, most in images:
             plans = [plan_scales(*size, cell, least, max(least, min(most, limit)), tau) for size in sizes]
-            num_tokens += count_slot_tokens(*plans, cell=cell)
-        return num_tokens <= max_tokens
+            num_tokens += max(count_slot_tokens(scales, cell) for scales in plans)
+        return num_tokens
 
-    low = math.ceil(np.min(min_pixels))
-    high = math.floor(min(np.max(max_pixels), max(h * w for sizes in images for h, w in sizes)))
-    if not fits(low):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    low = math.ceil(min(least for _, least, _ in images))
+    high = max(min(most, max(height * width for height, width in sizes)) for sizes, _, most in images)
+    limits = range(low, max(low, math.floor(high)) + 1)
+    num_fitting = bisect_right(limits, max_tokens, key=count_tokens)
+    return limits[num_fitting - 1] if num_fitting else None
 
 
 def possible_sizes(height: int, width: int, cell: int) -> list[tuple[int, int]]:
-    """Sizes (height, width) in pixels, a few of all, that a picture padded to this size may have had before."""
+    """Some sizes (height, width) in pixels that an image padded to this size may have had before."""
     slack = [step * (cell - 1) // 3 for step in range(4)]
     sizes = [(height - bottom, width - right) for bottom in slack for right in slack]
     return [(min(h, MAX_ASPECT_RATIO * w), min(w, MAX_ASPECT_RATIO * h)) for h, w in sizes]
 
 
 def context_error(
-    num_tokens: int, context_length: int, num_images: int = 0, max_pixels: int | None = None, is_exact: bool = True
+    num_tokens: int, context_length: int, num_images: int = 0, max_pixels: int | None = None, verb: str = "would"
 ) -> ValueError:
-    """The error for a prompt that is too long.
-
-    Args:
-        max_pixels: as `largest_fitting_budget` gives it.
-        is_exact: whether that was computed from the pictures' own sizes.
-    """
-    problem = f"the prompt has {num_tokens} tokens but the context holds {context_length}"
-    if not num_images:
-        return ValueError(f"{problem}: shorten the text")
+    """The error for a prompt that is too long; `max_pixels` as `largest_fitting_budget` gives it."""
     images = f"its {num_images} image{'s' * (num_images > 1)}"
-    if max_pixels is None:
-        return ValueError(
-            f"{problem}: {images} do not fit even at min_pixels; give fewer, shorten the text or lower min_pixels"
-        )
-    return ValueError(f"{problem}: {images} {'would' if is_exact else 'should'} fit with max_pixels={max_pixels}")
+    advice = f"{images} {verb} fit with max_pixels={max_pixels}"
+    if not num_images:
+        advice = "shorten the text"
+    elif max_pixels is None:
+        advice = f"{images} do not fit even at min_pixels; give fewer, shorten the text or lower min_pixels"
+    return ValueError(f"the prompt has {num_tokens} tokens but the context holds {context_length}: {advice}")
 
 
 def patchify(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
@@ -472,10 +400,8 @@ class NaViLImageProcessor(BaseImageProcessor):
         self.multi_scale = bool(multi_scale)
         self.image_mean, self.image_std = [[float(value) for value in values] for values in (image_mean, image_std)]
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
-            raise ValueError(
-                f"image_mean and image_std must have 3 numbers each, none of them 0 in image_std; "
-                f"got {image_mean!r:.80} and {image_std!r:.80}"
-            )
+            given = f"{self.image_mean} and {self.image_std}"
+            raise ValueError(f"image_mean and image_std must have 3 numbers each, none 0 in image_std; got {given}")
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -484,18 +410,11 @@ class NaViLImageProcessor(BaseImageProcessor):
         return super().from_dict(image_processor_dict | {name: kwargs.pop(name) for name in names}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without the class's name, which `auto_map` holds.
-
-        transformers 4 looks by that name for a class of its own, and warns at every load that it is a slow one.
-        """
+        """As in transformers, without the class's name, of which transformers 4 would warn at each load."""
         return {name: value for name, value in super().to_dict().items() if name != "image_processor_type"}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles as the class that the module has now.
-
-        transformers runs the module again if a model imported it before an Auto class loads it. Objects from before
-        then have a class that pickle does not find under its name.
-        """
+        """Pickles as the class that the module has now: an Auto class may execute an imported module again."""
         old = type(self)
         return object.__new__, (getattr(sys.modules.get(old.__module__), old.__qualname__, old),), self.__dict__
 
@@ -517,8 +436,8 @@ class NaViLImageProcessor(BaseImageProcessor):
         Args default to the processor's own settings. `return_tensors` is `"pt"`, `"np"` or None (NumPy arrays).
             images: `min_pixels` and `max_pixels` in an image's dict replace those of the call for this image.
             input_data_format: `channels_first` or `channels_last` of arrays; None finds out.
-            context_length, num_text_tokens: refuse images whose slots do not fit the context beside that many tokens
-                of text; no more patches are made than fit.
+            context_length, num_text_tokens: refuse images whose slots and this many tokens of text exceed the
+                context; no more patches are computed than fit.
             kwargs: transformers' usual switches, with the values of `RELEASED_SETTINGS` only.
 
         Images are decoded one at a time, whole and as RGB (a JPEG file far above the budget to a fraction of its size);
@@ -538,34 +457,31 @@ class NaViLImageProcessor(BaseImageProcessor):
         sources = [image_source(image) for image in flatten_images(images)]
         if not sources:
             raise ValueError("expected at least one image, got none")
-        min_budgets, max_budgets, taus = zip(*(scale_settings(**settings | own) for _, own in sources), strict=True)
-        tau = taus[0] if (self.multi_scale if multi_scale is None else multi_scale) else None
+        budgets = [scale_settings(**settings | own) for _, own in sources]
+        tau = budgets[0][-1] if (self.multi_scale if multi_scale is None else multi_scale) else None
 
-        full_sizes, packed, grids, num_scales = [], [], [], []
+        planned, packed, grids, num_scales = [], [], [], []
         cell = self.patch_size * self.merge_size
         num_tokens = num_text_tokens
+        context_length = math.inf if context_length is None else context_length
         with ThreadPoolExecutor() as pool:  # Pillow resizes without holding the interpreter's lock
-            for (image, _), low, high in zip(sources, min_budgets, max_budgets, strict=True):
-                picture = load_picture(image, high, input_data_format)
-                full_sizes.append([(picture.height, picture.width)])
-                sizes = plan_scales(picture.height, picture.width, cell, low, high, tau)
+            for (image, _), (low, high, _) in zip(sources, budgets, strict=True):
+                image, full_size = load_sized_image(image, high, input_data_format)
+                planned.append(([full_size], low, high))
+                sizes = plan_scales(*full_size, cell, low, high, tau)
                 num_scales.append(len(sizes))
-                num_tokens += count_slot_tokens(sizes, cell=cell)
-                if context_length is not None and num_tokens > context_length:
-                    continue  # count on, for the error
-                patches, grids_of_image = self._pack_scales(picture.pixels, sizes, pool)
+                num_tokens += count_slot_tokens(sizes, cell)
+                if num_tokens > context_length:
+                    continue  # keep counting for the error
+                patches, grids_of_image = self._pack_scales(image, sizes, pool)
                 packed.append(patches)
                 grids += grids_of_image
-        if context_length is not None and num_tokens > context_length:
-            room = context_length - num_text_tokens
-            fitting = largest_fitting_budget(full_sizes, cell, min_budgets, max_budgets, tau, room)
+        if num_tokens > context_length:
+            fitting = largest_fitting_budget(planned, cell, tau, context_length - num_text_tokens)
             raise context_error(num_tokens, context_length, len(sources), fitting)
-        data = {
-            "pixel_values": packed[0] if len(packed) == 1 else np.concatenate(packed),
-            "image_grid_thw": np.array(grids, dtype=np.int64),
-            "num_scales": np.array(num_scales, dtype=np.int64),
-        }
-        return BatchFeature(data, tensor_type=return_tensors)
+        pixel_values = packed[0] if len(packed) == 1 else np.concatenate(packed)
+        counts = {"image_grid_thw": np.array(grids, np.int64), "num_scales": np.array(num_scales, np.int64)}
+        return BatchFeature({"pixel_values": pixel_values, **counts}, tensor_type=return_tensors)
 
     def _pack_scales(
         self, image: Image.Image, sizes: Sequence[tuple[int, int]], pool: ThreadPoolExecutor
@@ -576,9 +492,8 @@ class NaViLImageProcessor(BaseImageProcessor):
         ends = np.cumsum([math.prod(grid) for grid in grids])
         packed = np.empty((ends[-1], 3 * self.patch_size**2), dtype=np.float32)
         parts = np.split(packed, ends[:-1])
-        # The largest scale takes longest, so it is begun first.
-        for _ in pool.map(partial(self._write_patches, image), sizes[::-1], parts[::-1]):
-            pass  # raises here what was raised there
+        # The largest scale takes longest, so it starts first; `list` raises what was raised in a thread.
+        list(pool.map(partial(self._write_patches, image), sizes[::-1], parts[::-1]))
         return packed, grids
 
     def _write_patches(self, image: Image.Image, size: tuple[int, int], patches: np.ndarray) -> None:

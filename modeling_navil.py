@@ -6,7 +6,7 @@
 
 In every decoder layer a token meets the projections and the FFN of its own modality; norms, rotary positions and the
 causal attention over all tokens are shared (paper, section 3). No router: a token is visual iff it is `<IMG_CONTEXT>`
-or `<img>` in a pass that carries pixels (reference §4).
+or `<img>` and `pixel_values` is given (reference §4).
 
 Shapes: B batch, L tokens of a sequence, T = B*L tokens, V visual tokens (merged cells), N patches, S scales
 (each scale of each frame is an attention segment), D hidden size, H heads, K key/value heads, E head dimension.
@@ -45,7 +45,7 @@ from .configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 from .image_processing_navil import (
     NaViLImageProcessor,
     context_error,
-    count_grid_tokens,
+    count_slot_tokens,
     largest_fitting_budget,
     possible_sizes,
 )
@@ -76,15 +76,12 @@ class NaViLRMSNorm(nn.RMSNorm):
 
 
 def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
-    """Angles per position step, (dim / 2,) float32.
-
-    Computed where they are used instead of kept in a buffer: a checkpoint or a cast cannot spoil them.
-    """
+    """Angles per position step, (dim / 2,) float32; not a buffer, so neither checkpoints nor casts change them."""
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
-# oneMKL chooses the kernel of a function in its first call. Among threads that make that call together one may get a
-# kernel of low accuracy, wrong by 2e-4 (pytorch/pytorch#188792): the first call is made here, in one thread.
+# oneMKL chooses a function's kernel in its first call; if threads make that call together, one may get a kernel that is
+# wrong by 2e-4 (pytorch/pytorch#188792). So the first call is made here, in one thread.
 for function in (torch.cos, torch.sin):
     function(torch.zeros(1, device="cpu"))
 
@@ -129,22 +126,20 @@ SDPA_SWITCHES = {
 
 @torch.compiler.assume_constant_result
 def sdpa_backends() -> list[SDPBackend]:
-    """The kernels for torch's attention on a GPU that are switched on, but for cuDNN's where there is another.
+    """The enabled kernels for torch's attention on a GPU, without cuDNN's unless it is the only one.
 
-    torch prefers cuDNN's on Hopper GPUs and newer, which makes a plan for each new shape first, 50 ms and more. Shapes
-    differ here with every prompt and picture, and with every token that a growing cache takes.
+    torch prefers cuDNN's on Hopper GPUs and newer, which takes 50 ms and more to plan each new shape. Shapes differ
+    here with every prompt and image, and with every token that a growing cache takes.
     """
     return [backend for backend, is_on in SDPA_SWITCHES.items() if is_on()] or [SDPBackend.CUDNN_ATTENTION]
 
 
 def sdpa_kernels(query: Tensor) -> AbstractContextManager:
-    """Inside, torch's attention on a query's device takes one of `sdpa_backends`."""
+    """Restricts torch's attention to `sdpa_backends` on a GPU."""
     return sdpa_kernel(sdpa_backends()) if query.is_cuda else nullcontext()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Vision encoder
-# ----------------------------------------------------------------------------------------------------------------------
+# -- Vision encoder ----------------------------------------------------------------------------------------------------
 
 
 @dataclass  # in a NamedTuple, torch.compile would take each number of runs for a new graph
@@ -164,11 +159,10 @@ class Segments:
 
 @dataclass
 class PackedLayout:
-    """Where packed patches stand while the encoder works on them; index arithmetic once per forward.
+    """The order of merged cells inside the encoder, computed once per forward.
 
-    Cells are worked on with equal-length segments side by side, so that each run of them is one batched attention, and
-    inside a segment window by window. `entry` and `exit` permute merged cells between that order and the outside ones:
-    `entry[exit]` is the input cell of each output cell.
+    Equal-length segments are adjacent, so that each run of them is one batched attention, and a segment is ordered by
+    windows. `entry[exit]` is the input cell of each output cell.
     """
 
     entry: Tensor  # (V,) input cell at each place of the working order
@@ -227,7 +221,7 @@ def segment_attention_eager(query: Tensor, key: Tensor, value: Tensor, segments:
 def segment_attention_sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
     """As `segment_attention_eager`, by torch's scaled_dot_product_attention over each run of equal-length segments."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # a CPU reads a head's keys and values faster in one stretch
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # contiguous keys and values are faster on CPUs
         return F.scaled_dot_product_attention(q, k.contiguous(), v.contiguous(), scale=scaling)
 
     with sdpa_kernels(query):
@@ -325,14 +319,7 @@ class NaViLVisionBlock(nn.Module):
         return torch.addcmul(x, self.ls2, self.mlp(self.norm2(x)))
 
 
-class _StaticCaches(threading.local):
-    """Each thread's static cache of each model."""
-
-    def __init__(self):
-        self.of_model = weakref.WeakKeyDictionary()
-
-
-_STATIC_CACHES = _StaticCaches()
+_STATIC_CACHES = weakref.WeakKeyDictionary()  # of each model, a `threading.local`: threads do not share a cache
 
 
 class NaViLPreTrainedModel(PreTrainedModel):
@@ -352,13 +339,6 @@ class NaViLPreTrainedModel(PreTrainedModel):
     _supports_static_cache = True
     _supports_quantized_cache = True
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, load_in_8bit: bool = False, **kwargs: Any) -> "NaViLPreTrainedModel":
-        """As in transformers, with the flag of the released examples that transformers 5 no longer takes."""
-        if load_in_8bit:
-            kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-        return super().from_pretrained(*args, **kwargs)
-
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.get_text_config().initializer_range
         if isinstance(module, NaViLVisionBlock):
@@ -366,12 +346,10 @@ class NaViLPreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.ls2, module.attn.config.layer_scale_init)
         elif isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, mean=0.0, std=std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     @staticmethod
     def _prepare_4d_causal_attention_mask_with_cache_position(
@@ -382,14 +360,12 @@ class NaViLPreTrainedModel(PreTrainedModel):
 
     @property
     def _cache(self) -> Cache:
-        """Where `generate` keeps a static cache for its next call: kept by thread, or threads would write over it."""
-        if self not in _STATIC_CACHES.of_model:
-            raise AttributeError("no static cache yet")
-        return _STATIC_CACHES.of_model[self]
+        """The static cache that `generate` keeps for its next call; an AttributeError before the thread's first."""
+        return _STATIC_CACHES.setdefault(self, threading.local()).cache
 
     @_cache.setter
     def _cache(self, cache: Cache) -> None:
-        _STATIC_CACHES.of_model[self] = cache
+        _STATIC_CACHES.setdefault(self, threading.local()).cache = cache
 
     def _run(self, layer: nn.Module, *args: Any) -> Any:
         """Calls a layer, recomputing it in the backward pass when gradient checkpointing is on."""
@@ -415,14 +391,11 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         return self.patch_embedding
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Encodes patches.
+        """Features (V, merge**2, D_vision) of merged cells, in the config's `visual_token_order`.
 
         Args:
             pixel_values: (N, 3*p*p) or (N, 3, p, p) patches, merge groups together (reference §5).
             image_grid_thw: (S, 3) frames, rows and columns of each scale, in patches.
-
-        Returns:
-            (V, merge**2, D_vision) features, by merged cell, in the config's `visual_token_order`.
 
         Raises:
             ValueError: grids and patches that do not fit each other or the config.
@@ -445,7 +418,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
     def check_inputs(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """The patches as (N, 3*p*p); raises as `forward` does."""
         merge, patch_dim = self.config.spatial_merge_size, self.config.patch_dim
-        patches = pixel_values.reshape(len(pixel_values), -1)
+        patches = pixel_values.reshape(len(pixel_values), math.prod(pixel_values.shape[1:]))
         if patches.shape[1] != patch_dim:
             raise ValueError(f"pixel_values has {patches.shape[1]} numbers per patch, expected {patch_dim}")
         is_table = image_grid_thw.ndim == 2 and image_grid_thw.shape[1] == 3 and len(image_grid_thw) > 0
@@ -457,7 +430,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
             if min(grid) < 1 or grid[1] % merge or grid[2] % merge:
                 kind = f"positive, rows and columns multiples of {merge}"
                 raise ValueError(f"frames, rows and columns of a grid must be {kind}; got {grid}")
-        num_patches = sum(frames * rows * columns for frames, rows, columns in grids)
+        num_patches = sum(map(math.prod, grids))
         if num_patches != len(patches):
             raise ValueError(
                 f"image_grid_thw describes {num_patches} patches but pixel_values has {len(patches)}; Trainer cuts "
@@ -480,9 +453,7 @@ class NaViLConnector(nn.Module):
         return self.fc2(F.gelu(self.fc1(self.norm(cells.flatten(1)))))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Decoder with modality experts
-# ----------------------------------------------------------------------------------------------------------------------
+# -- Decoder with modality experts -------------------------------------------------------------------------------------
 
 
 class ModalityOrder(NamedTuple):
@@ -521,56 +492,45 @@ class ModalityOrder(NamedTuple):
     def apply_experts(self, text_expert: Callable, visual_expert: Callable, x: Tensor) -> Tensor:
         """Each expert on its own tokens of x (T, ...).
 
-        Where gradients are wanted, an expert without a token runs on none: its weights get zeros, which DDP waits for.
+        With gradients, an expert without tokens runs on none of them: DDP waits for a (zero) gradient of its weights.
         """
         if self.num_text == len(x) and not torch.is_grad_enabled():
             return text_expert(x)
         return torch.cat([text_expert(x[: self.num_text]), visual_expert(x[self.num_text :])])
 
 
+@dataclass(eq=False)
 class CausalMask:
     """Additive mask over past keys and padding, built when the first layer knows how many keys the cache holds.
-
-    Args:
-        attention_mask: (B, keys) 1 for tokens and 0 for padding; or a ready-made (B, 1, L, keys) mask, bool (True is
-            seen) or additive; or None.
-        cache_position: (L,) place of each query among the keys.
-        past_length: keys in the cache, or None when only the device knows (static caches).
-        implementation: the attention implementation that reads the mask, in every layer.
 
     Raises:
         ValueError: a mask of another shape or kind, or what flash-attn cannot do.
     """
 
-    def __init__(
-        self,
-        attention_mask: Tensor | None,
-        cache_position: Tensor,
-        past_length: int | None,
-        implementation: str,
-        dtype: torch.dtype,
-    ):
-        if attention_mask is not None and attention_mask.ndim != 2:
-            is_mask = attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
-            if attention_mask.ndim != 4 or not is_mask:
-                kind = f"{tuple(attention_mask.shape)} {attention_mask.dtype}"
+    attention_mask: Tensor | None  # (B, keys) 1 for tokens; or (B, 1, L, keys) bool (True: seen) or additive
+    cache_position: Tensor  # (L,) place of each query among the keys
+    past_length: int | None  # keys in the cache; None if only the device knows (static caches)
+    implementation: str  # the attention implementation of every layer
+    dtype: torch.dtype
+    _built: Tensor | None = None
+    _key_length: int | None = None
+
+    def __post_init__(self):
+        mask = self.attention_mask
+        num_keys = len(self.cache_position) + (self.past_length or 0)
+        if mask is not None:
+            is_ready = mask.ndim == 4 and (mask.dtype == torch.bool or mask.is_floating_point())
+            if mask.ndim != 2 and not is_ready:
+                kind = f"{tuple(mask.shape)} {mask.dtype}"
                 raise ValueError(f"attention_mask must be (B, keys), or (B, 1, L, keys) bool or additive; got {kind}")
-        num_keys = len(cache_position) + (past_length or 0)
-        if attention_mask is not None and attention_mask.shape[-1] < num_keys:
-            raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} keys but there are at least {num_keys}")
-        if implementation == "flash_attention_2":
-            if past_length is None or (attention_mask is not None and attention_mask.ndim == 4):
-                raise ValueError(
-                    "flash_attention_2 takes neither a (B, 1, L, keys) mask, as of packed rows, nor a static cache; "
-                    "attn_implementation='sdpa' takes both"
-                )
-        self.attention_mask = attention_mask
-        self.cache_position = cache_position
-        self.past_length = past_length
-        self.implementation = implementation
-        self.dtype = dtype
-        self._built: Tensor | None = None
-        self._key_length: int | None = None
+            if mask.shape[-1] < num_keys:
+                raise ValueError(f"attention_mask covers {mask.shape[-1]} keys but there are at least {num_keys}")
+        has_four = mask is not None and mask.ndim == 4
+        if self.implementation == "flash_attention_2" and (self.past_length is None or has_four):
+            raise ValueError(
+                "flash_attention_2 takes neither a (B, 1, L, keys) mask, as of packed rows, nor a static cache; "
+                "attn_implementation='sdpa' takes both"
+            )
 
     def __call__(self, key_length: int, device: torch.device) -> Tensor | None:
         if key_length != self._key_length:
@@ -597,49 +557,32 @@ class CausalMask:
 
 
 def decoder_attention_eager(
-    module: "NaViLAttention",
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention from its definition; query (B, H, L, E), key and value (B, K, keys, E).
+    """Attention by definition, of query (B, H, L, E), key and value (B, K, keys, E).
 
     Returns:
         The output (B, L, H, E) and the weights (B, H, L, keys).
     """
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = (query * scaling) @ key.transpose(-1, -2)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1)
-    weights = F.dropout(weights, p=dropout, training=module.training)
+    scores = scores if mask is None else scores + mask
+    weights = F.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
 
 
 def decoder_attention_one_query(
-    module: "NaViLAttention",
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
 ) -> tuple[Tensor, None]:
     """As `decoder_attention_eager` where L is 1: decoding, which is as fast as keys and values can be read.
 
-    The heads that share a key have one query each, and are to the kernel one head with several queries; transformers'
-    own function copies every key and value for each of them. A compiler for GPUs spreads the definition itself over
-    the whole GPU, where kernels made for many queries take one block for each head.
+    Query groups are folded into the query dimension, so keys and values are not repeated as in transformers' function.
+    Compiled for a GPU, the definition itself uses more of it than kernels with one block per head.
     """
     if query.is_cuda and torch.compiler.is_compiling():
-        return decoder_attention_eager(module, query, key, value, attention_mask, scaling, dropout)[0], None
+        return decoder_attention_eager(module, query, key, value, mask, scaling, dropout)[0], None
     query = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # (B, K, H/K, E)
-    output = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+    output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
     return output.flatten(1, 2)[:, None], None  # (B, 1, H, E)
 
 
@@ -682,32 +625,25 @@ class NaViLAttention(nn.Module):
         self.visual = NaViLAttentionExpert(config)
 
     def forward(
-        self,
-        x: Tensor,
-        order: ModalityOrder,
-        rotary: tuple[Tensor, Tensor],
-        causal_mask: CausalMask,
-        past_key_values: Cache | None,
-        cache_position: Tensor,
+        self, x: Tensor, order: ModalityOrder, rotary: tuple[Tensor, Tensor], mask: CausalMask, cache: Cache | None
     ) -> tuple[Tensor, Tensor | None]:
         text, visual = self.text, self.visual
         query = order.join(order.apply_experts(text.query, visual.query, x)).transpose(1, 2)  # (B, H, L, E)
         key = order.join(order.apply_experts(text.key, visual.key, x)).transpose(1, 2)  # (B, K, L, E)
         value = order.join(order.apply_experts(text.value, visual.value, x)).transpose(1, 2)
         query, key = rotate_pairs(query, *rotary), rotate_pairs(key, *rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx, {"cache_position": cache_position})
-        implementation = causal_mask.implementation
-        if implementation == "eager":
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, {"cache_position": mask.cache_position})
+        if mask.implementation == "eager":
             attend = decoder_attention_eager
-        elif implementation == "sdpa" and query.shape[-2] == 1:
+        elif mask.implementation == "sdpa" and query.shape[-2] == 1:
             attend = decoder_attention_one_query
         else:
-            attend = ALL_ATTENTION_FUNCTIONS[implementation]
+            attend = ALL_ATTENTION_FUNCTIONS[mask.implementation]
         dropout = self.config.attention_dropout if self.training else 0.0
-        mask = causal_mask(key.shape[-2], query.device)
+        built_mask = mask(key.shape[-2], query.device)
         with sdpa_kernels(query):
-            output, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout)
+            output, weights = attend(self, query, key, value, built_mask, scaling=self.scaling, dropout=dropout)
         output = order.split(output.flatten(2))  # (T, H*E)
         return order.apply_experts(text.o_proj, visual.o_proj, output), weights
 
@@ -825,7 +761,7 @@ class NaViLTextModel(NaViLPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(order.join(x))
-            x, weights = self._run(layer, x, order, rotary, causal_mask, past_key_values, cache_position)
+            x, weights = self._run(layer, x, order, rotary, causal_mask, past_key_values)
             attentions.append(weights)
         last_hidden_state = order.join(self.norm(x))  # (B, L, D)
         hidden_states.append(last_hidden_state)
@@ -854,18 +790,15 @@ class NaViLTextModel(NaViLPreTrainedModel):
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache, by its name before or since transformers 5.24.
-
-    Raises:
-        ValueError: both names are used.
-    """
+    """The cache, by its name before or since transformers 5.24; a ValueError if both are used."""
     if past_key_values is not None and cache is not None:
         raise ValueError("past_key_values and cache are two names of one thing: give one of them")
     return cache if past_key_values is None else past_key_values
 
 
-def num_keys(cache: Cache | None) -> int:
-    """Tokens in a cache. A static cache counts on its device: a host sync."""
+def num_cached_tokens(inputs: dict[str, Any]) -> int:
+    """Tokens in the cache among `generate`'s inputs. A static cache counts on its device: a host sync."""
+    cache = one_cache(inputs.get("past_key_values"), inputs.get("cache"))
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -887,16 +820,16 @@ def next_token_loss(
         labels: (B, L) ids, -100 where nothing is to be learned.
         loss_weight: (B, L) weight of each label. The loss is then sum(w * ce) / sum(w) over all shifted positions; an
             ignored label adds 0 to the first sum and its weight to the second.
-        num_items: labels in the whole accumulated batch, over which the sum is divided instead of this batch's own;
-            without effect on a weighted loss (a `Trainer` that accumulates those needs `model_accepts_loss_kwargs =
-            False`, so that it takes the mean of its micro-batches).
+        num_items: labels in the whole accumulated batch, by which the sum is divided instead of this batch's own;
+            no effect on a weighted loss (to accumulate it, set `model_accepts_loss_kwargs = False` of `Trainer`, which
+            then averages micro-batches).
 
     Returns:
         The loss, 0 with zero gradients where there is nothing to learn.
     """
     labels = labels[:, 1:].to(logits.device, torch.long)
     counted = labels != IGNORE_INDEX
-    # In float32 only where something is to be learned: a long prompt's logits are the largest tensor there is.
+    # Only counted logits become float32: a long prompt's logits are the largest tensor.
     losses = F.cross_entropy(logits[:, :-1][counted].float(), labels[counted], reduction="none")
     if loss_weight is not None:
         weight = loss_weight[:, 1:].to(losses)
@@ -905,13 +838,11 @@ def next_token_loss(
     return losses.sum() / torch.as_tensor(num_items, device=losses.device).clamp(min=1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The composed model
-# ----------------------------------------------------------------------------------------------------------------------
+# -- The composed model ------------------------------------------------------------------------------------------------
 
-VISUAL_INPUTS = ("pixel_values", "image_grid_thw", "num_scales", "visual_token_mask")
+IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "num_scales")
+VISUAL_INPUTS = (*IMAGE_INPUTS, "visual_token_mask")
 """Inputs of `generate` that belong to the prompt alone."""
-
 
 TRAINING_STAGES = {
     "s1.1": ("vision_model.", "connector.", ".visual."),
@@ -940,10 +871,7 @@ def fill_slots(inputs_embeds: Tensor, slots: Tensor, visual_tokens: Tensor) -> T
 
 
 class TextCandidates(CandidateGenerator):
-    """Another generator's candidates for assisted decoding, cut off before an image slot.
-
-    Prompt lookup copies its candidates from the prompt, and no image would fill a copied slot.
-    """
+    """Another generator's candidates for assisted decoding, cut off before an image slot copied from the prompt."""
 
     def __init__(self, generator: CandidateGenerator, image_token_id: int):
         self.generator = generator
@@ -952,14 +880,11 @@ class TextCandidates(CandidateGenerator):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.generator, name)  # `generate` looks at an assistant's settings
 
-    # `args` is what transformers 5 passes besides.
     def get_candidates(self, input_ids: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
-        candidates, logits = self.generator.get_candidates(input_ids, *args)
-        # One sequence, as in all of assisted decoding.
-        is_text = candidates[0, input_ids.shape[1] :] != self.image_token_id
+        candidates, logits = self.generator.get_candidates(input_ids, *args)  # more arguments since transformers 5
+        is_text = candidates[0, input_ids.shape[1] :] != self.image_token_id  # assisted decoding has one sequence
         num_kept = int(is_text.cumprod(0).sum())
-        if logits is not None:
-            logits = logits[:, :num_kept] if num_kept > 0 else None
+        logits = None if logits is None or num_kept == 0 else logits[:, :num_kept]
         return candidates[:, : input_ids.shape[1] + num_kept], logits
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
@@ -983,18 +908,7 @@ class NaViLModel(NaViLPreTrainedModel):
         self.language_model.embed_tokens = value
 
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Visual tokens of packed patches.
-
-        Args:
-            pixel_values: (N, 3*p*p) or (N, 3, p, p).
-            image_grid_thw: (S, 3) frames, rows and columns of each scale, in patches.
-
-        Returns:
-            (V, D), in the order in which `<IMG_CONTEXT>` slots take them.
-
-        Raises:
-            ValueError: patches and grids that do not fit each other.
-        """
+        """Visual tokens (V, D) in the order of their `<IMG_CONTEXT>` slots; arguments as in `NaViLVisionModel`."""
         return self.connector(self.vision_model(pixel_values, image_grid_thw))
 
     def find_tokens(
@@ -1006,9 +920,7 @@ class NaViLModel(NaViLPreTrainedModel):
             ValueError: the config does not know the token.
         """
         if token_id is None:
-            raise ValueError(
-                "config.image_token_id and image_start_token_id are not set: call init_special_token_ids(tokenizer)"
-            )
+            raise ValueError("the config lacks the image tokens' ids: call init_special_token_ids(tokenizer)")
         if input_ids is not None:
             return input_ids == token_id
         embedding = self.get_input_embeddings()(torch.tensor(token_id, device=inputs_embeds.device))
@@ -1016,10 +928,8 @@ class NaViLModel(NaViLPreTrainedModel):
 
     def get_visual_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """(B, L) bool: the tokens that run on the visual experts when `pixel_values` is given."""
-        config = self.config
-        token_ids = (config.image_token_id, config.image_start_token_id)
-        slots, starts = (self.find_tokens(token_id, input_ids, inputs_embeds) for token_id in token_ids)
-        return slots | starts
+        slots = self.find_tokens(self.config.image_token_id, input_ids, inputs_embeds)
+        return slots | self.find_tokens(self.config.image_start_token_id, input_ids, inputs_embeds)
 
     @can_return_tuple
     def forward(
@@ -1039,52 +949,36 @@ class NaViLModel(NaViLPreTrainedModel):
             always_run_vision: run the vision encoder for a batch without images too, as every training step does.
             kwargs: arguments of `NaViLTextModel`.
         """
-        if pixel_values is not None:
-            inputs_embeds, visual_token_mask = self._embed_images(
-                input_ids, pixel_values, image_grid_thw, num_scales, inputs_embeds, visual_token_mask
-            )
-        else:
-            if (input_ids is None) == (inputs_embeds is None):
-                raise ValueError("without pixel_values give exactly one of input_ids and inputs_embeds")
-            inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            if always_run_vision or (self.training and torch.is_grad_enabled()):
-                inputs_embeds = inputs_embeds + self._features_of_no_image(inputs_embeds.device).sum().to(inputs_embeds)
-        return self.language_model(inputs_embeds=inputs_embeds, visual_token_mask=visual_token_mask, **kwargs)
-
-    def _embed_images(
-        self,
-        input_ids: Tensor | None,
-        pixel_values: Tensor,
-        image_grid_thw: Tensor | None,
-        num_scales: Tensor | None,
-        inputs_embeds: Tensor | None,
-        visual_token_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) with the visual tokens in their slots, and which tokens are visual; see `forward`."""
-        if image_grid_thw is None or (input_ids is None and inputs_embeds is None):
+        has_images = pixel_values is not None
+        if has_images and (image_grid_thw is None or (input_ids is None and inputs_embeds is None)):
             raise ValueError("pixel_values needs image_grid_thw, and input_ids or inputs_embeds")
-        if num_scales is not None and int(num_scales.sum()) != len(image_grid_thw):
-            raise ValueError(
-                f"num_scales adds up to {int(num_scales.sum())} but image_grid_thw has {len(image_grid_thw)} scales"
-            )
-        if visual_token_mask is None:
-            visual_token_mask = self.get_visual_token_mask(input_ids, inputs_embeds)
-        elif input_ids is None:  # virtual tokens of PEFT's prompt tuning stand in front of the masked ones
-            num_virtual = inputs_embeds.shape[1] - visual_token_mask.shape[1]
-            visual_token_mask = F.pad(visual_token_mask, (num_virtual, 0))
-        slots = self.find_tokens(self.config.image_token_id, input_ids, inputs_embeds) & visual_token_mask
-        inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        if len(pixel_values):
-            visual_tokens = self.get_image_features(pixel_values, image_grid_thw)
-        else:  # rows without images, cut from a batch that has some
-            visual_tokens = self._features_of_no_image(inputs_embeds.device)
-        return fill_slots(inputs_embeds, slots, visual_tokens), visual_token_mask
+        if not has_images and (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("without pixel_values give exactly one of input_ids and inputs_embeds")
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if has_images:
+            num_grids = len(image_grid_thw)
+            total = num_grids if num_scales is None else int(num_scales.sum())
+            if total != num_grids:
+                raise ValueError(f"num_scales adds up to {total} but image_grid_thw has {num_grids} scales")
+            if visual_token_mask is None:
+                visual_token_mask = self.get_visual_token_mask(input_ids, inputs_embeds)
+            elif input_ids is None:  # virtual tokens of PEFT's prompt tuning stand in front of the masked ones
+                num_virtual = inputs_embeds.shape[1] - visual_token_mask.shape[1]
+                visual_token_mask = F.pad(visual_token_mask, (num_virtual, 0))
+            slots = self.find_tokens(self.config.image_token_id, input_ids, inputs_embeds) & visual_token_mask
+            if len(pixel_values):
+                visual_tokens = self.get_image_features(pixel_values, image_grid_thw)
+            else:  # rows without images, cut from a batch that has some
+                visual_tokens = self._features_of_no_image(embeds.device)
+            embeds = fill_slots(embeds, slots, visual_tokens)
+        elif always_run_vision or (self.training and torch.is_grad_enabled()):
+            embeds = embeds + self._features_of_no_image(embeds.device).sum().to(embeds)
+        return self.language_model(inputs_embeds=embeds, visual_token_mask=visual_token_mask, **kwargs)
 
     def _features_of_no_image(self, device: torch.device) -> Tensor:
-        """(0, D) visual tokens, for which a blank cell went through the encoder and the connector.
+        """(0, D) visual tokens of a blank cell, so that batches with and without images run the same modules.
 
-        With them a batch without images does what one with images does, so that the processes of a distributed run
-        stay in step: FSDP gathers the weights of every block, DDP gets a gradient (of zeros) for every parameter.
+        Distributed training needs that: FSDP gathers every block's weights, DDP gets a (zero) gradient of each.
         """
         merge_size = self.config.vision_config.spatial_merge_size
         patches = torch.zeros(merge_size**2, self.config.vision_config.patch_dim, device=device)
@@ -1112,35 +1006,31 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
 
     @classmethod
     def from_pretrained(
-        cls, *args: Any, use_flash_attn: bool | None = None, **kwargs: Any
+        cls, *args: Any, use_flash_attn: bool | None = None, load_in_8bit: bool = False, **kwargs: Any
     ) -> "NaViLForConditionalGeneration":
         """As in transformers; `use_flash_attn` is the released name for an `attn_implementation`.
 
         Raises:
             ValueError: `use_flash_attn=True` where flash-attn cannot run, or with another `attn_implementation`.
         """
+        if load_in_8bit:  # a flag of the released examples, which transformers 5 does not take
+            kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
         if use_flash_attn is not None:
             implementation = "flash_attention_2" if use_flash_attn else "sdpa"
             # AutoModel puts the caller's choice into the config.
             given = getattr(kwargs.get("config"), "_attn_implementation_internal", None)
             given = kwargs.setdefault("attn_implementation", given or implementation)
             if given != implementation:
-                raise ValueError(
-                    f"use_flash_attn={use_flash_attn} means attn_implementation={implementation!r}, "
-                    f"but {given!r} is given too"
-                )
+                meant = f"use_flash_attn={use_flash_attn} means attn_implementation={implementation!r}"
+                raise ValueError(f"{meant}, but {given!r} is given too")
             if use_flash_attn and not is_flash_attn_2_available():
-                raise ValueError(
-                    "use_flash_attn=True needs an NVIDIA GPU and the package flash-attn; "
-                    "without use_flash_attn the model runs on torch's own attention"
-                )
+                raise ValueError("use_flash_attn=True needs an NVIDIA GPU and the package flash-attn; or leave it out")
         loaded = super().from_pretrained(*args, **kwargs)
         if kwargs.get("subfolder") and kwargs.get("generation_config") is None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             file = f"{kwargs['subfolder']}/{GENERATION_CONFIG_NAME}"
-            source = {
-                name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs
-            }
+            names = kwargs.keys() & {"revision", "token", "cache_dir", "local_files_only"}
+            source = {name: kwargs[name] for name in names}
             with suppress(OSError):  # transformers 5 reads the root's file, not the subfolder's
                 model.generation_config = GenerationConfig.from_pretrained(args[0], file, **source)
         return loaded
@@ -1155,14 +1045,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
 
     @property
     def language_model(self) -> NaViLTextModel:
-        """The decoder; its output head is `lm_head`."""
         return self.model.language_model
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -1245,23 +1128,24 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         """One pass over images and text.
 
         Args beyond transformers' convention:
-            pixel_values: (N, 3*p*p) or (N, 3, p, p) patches of all images of the batch.
-            image_grid_thw: (S, 3) frames, rows and columns of each scale, in patches.
+            pixel_values, image_grid_thw: of all images of the batch, as in `NaViLVisionModel`.
             num_scales: (images,) how many of the scales belong to each image.
             inputs_embeds: (B, L, D); with `pixel_values` and without `input_ids`, slots are recognized by their
                 embedding, as PEFT's prompt tuning needs.
             visual_token_mask: (B, L) bool tokens for the visual experts. None means every `<IMG_CONTEXT>` and `<img>`
-                when `pixel_values` is given, and no token otherwise: `inputs_embeds` that hold visual tokens
-                already need a mask. An `<IMG_CONTEXT>` outside it is no slot.
-            labels: (B, L) ids or -100. A position that holds `<IMG_CONTEXT>` learns nothing, whatever comes next; for
-                `Trainer`, which counts labels itself, such labels are -100 already in the processor's `training_batch`.
-            loss_weight: (B, L) weights of the labels, see `next_token_loss`; they alone decide then what counts.
+                if `pixel_values` is given, else none: `inputs_embeds` that contain visual tokens need a mask. An
+                `<IMG_CONTEXT>` outside it is no slot.
+            labels: (B, L) ids or -100. The label after an `<IMG_CONTEXT>` is ignored; in the processor's
+                `training_batch` it is -100 already, so `Trainer` normalizes by the same token count.
+            loss_weight: (B, L) weights of the labels, see `next_token_loss`; with them, no label is ignored for its
+                place.
             kwargs: `cache_position`, which transformers passes before 5.24; anything else is a TypeError.
 
         Raises:
             ValueError: another number of `<IMG_CONTEXT>` tokens than of visual tokens (both are named), or inputs
                 that do not fit together.
         """
+        config = self.config
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -1275,10 +1159,8 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             visual_token_mask=visual_token_mask,
             always_run_vision=labels is not None,
             use_cache=use_cache,
-            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
-            output_hidden_states=(
-                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-            ),
+            output_attentions=config.output_attentions if output_attentions is None else output_attentions,
+            output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -1288,7 +1170,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             if logits.shape[:2] != labels.shape:
                 raise ValueError(f"labels are {tuple(labels.shape)} but logits cover {tuple(logits.shape[:2])}")
             if loss_weight is None and pixel_values is not None:
-                slots = self.model.find_tokens(self.config.image_token_id, input_ids, inputs_embeds)
+                slots = self.model.find_tokens(config.image_token_id, input_ids, inputs_embeds)
                 labels = labels.masked_fill(F.pad(slots[:, :-1], (1, 0)).to(labels.device), IGNORE_INDEX)
             loss = next_token_loss(logits, labels, loss_weight, num_items_in_batch)
         return CausalLMOutputWithPast(
@@ -1312,55 +1194,54 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         """
         settings = self.generation_config if generation_config is None else generation_config
         chunk_size = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
-        if chunk_size is not None and kwargs.get("pixel_values") is not None:
+        has_images = kwargs.get("pixel_values") is not None
+        if chunk_size is not None and has_images:
             raise ValueError("prefill_chunk_size would split a prompt inside its images: leave it out with images")
         prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((prompt for prompt in prompts if prompt is not None), None)
         if prompt is not None and prompt.shape[1] > self.config.text_config.context_length:
-            cache = one_cache(kwargs.get("past_key_values"), kwargs.get("cache"))
-            names = ("attention_mask", "image_grid_thw", "num_scales")
-            self._check_context(prompt, **{name: kwargs.get(name) for name in names}, past_key_values=cache)
-        if kwargs.get("pixel_values") is not None and prompt is not None and not prompt.is_floating_point():
-            # Of the prompt alone: generated tokens are text, also where a pass without a cache sees them again.
-            if kwargs.get("visual_token_mask") is None:
-                kwargs["visual_token_mask"] = self.get_visual_token_mask(prompt)
+            self._check_context(prompt, kwargs)
+        has_ids = prompt is not None and not prompt.is_floating_point()
+        if has_images and has_ids and kwargs.get("visual_token_mask") is None:
+            # Of the prompt alone: generated tokens are text, also when a forward without a cache sees them again.
+            kwargs["visual_token_mask"] = self.get_visual_token_mask(prompt)
         return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def _check_context(
-        self,
-        prompt: Tensor,
-        attention_mask: Tensor | None,
-        image_grid_thw: Tensor | None,
-        num_scales: Tensor | None,
-        past_key_values: Cache | None,
-    ) -> None:
-        """Raises a ValueError when a row of prompts, (B, L) or (B, L, D), is longer than the context."""
-        limit = self.config.text_config.context_length
+    def _check_context(self, prompt: Tensor, inputs: dict[str, Any]) -> None:
+        """Raises a ValueError if a row of prompts, (B, L) or (B, L, D), is longer than the context."""
+        limit, attention_mask = self.config.text_config.context_length, inputs.get("attention_mask")
         lengths = torch.full((len(prompt),), prompt.shape[1])
         if attention_mask is not None and attention_mask.ndim == 2:
             lengths = attention_mask.sum(-1).cpu()
         num_tokens, row = int(lengths.max()), int(lengths.argmax())
         if num_tokens <= limit:
             return
-        if image_grid_thw is None or prompt.is_floating_point():
+        images = [] if prompt.is_floating_point() else self._grids_of_row(prompt, row, inputs)
+        if not images:
             raise context_error(num_tokens, limit)
-        num_scales = torch.ones(len(image_grid_thw), dtype=torch.long) if num_scales is None else num_scales.cpu()
-        is_of_row = (self._row_of_scale(prompt[:, num_keys(past_key_values) :], image_grid_thw) == row).tolist()
-        images = [grids.tolist() for grids in image_grid_thw.cpu().split(num_scales.tolist())]
-        first_scales = (num_scales.cumsum(0) - num_scales).tolist()
-        images = [grids for grids, first in zip(images, first_scales, strict=True) if is_of_row[first]]
-        num_text = num_tokens - sum(count_grid_tokens(grids, self.image_processor.merge_size) for grids in images)
-        raise context_error(num_tokens, limit, len(images), self._fitting_budget(images, limit - num_text), False)
+        merge_size = self.config.vision_config.spatial_merge_size
+        scales = [[(rows, columns) for frames, rows, columns in grids for _ in range(frames)] for grids in images]
+        num_text = num_tokens - sum(count_slot_tokens(sizes, merge_size) for sizes in scales)
+        raise context_error(num_tokens, limit, len(images), self._fitting_budget(images, limit - num_text), "should")
+
+    def _grids_of_row(self, prompt: Tensor, row: int, inputs: dict[str, Any]) -> list[list[list[int]]]:
+        """Frames, rows and columns of all scales of each image in a row of prompts (B, L)."""
+        grids, num_scales = inputs.get("image_grid_thw"), inputs.get("num_scales")
+        if grids is None:
+            return []
+        num_scales = [1] * len(grids) if num_scales is None else num_scales.tolist()
+        rows = self._row_of_scale(prompt[:, num_cached_tokens(inputs) :], grids).split(num_scales)
+        images = zip(grids.split(num_scales), rows, strict=True)
+        return [scales.tolist() for scales, rows_of_scales in images if rows_of_scales[0] == row]
 
     def _fitting_budget(self, images: list[list[list[int]]], max_tokens: int) -> int | None:
         """A `max_pixels` with which images fit that are known by their grids alone; a fifth of the room is a margin."""
         processor = self.image_processor
         patch, cell = processor.patch_size, processor.patch_size * processor.merge_size
-        sizes = [
-            possible_sizes(rows * patch, columns * patch, cell) for _, rows, columns in (grids[-1] for grids in images)
-        ]
+        sizes = [possible_sizes(rows * patch, columns * patch, cell) for *_, (_, rows, columns) in images]
         tau = processor.scale_downsample_ratio if any(len(grids) > 1 for grids in images) else None
-        return largest_fitting_budget(sizes, cell, processor.min_pixels, math.inf, tau, max_tokens * 4 // 5)
+        planned = [(sizes_of_image, processor.min_pixels, math.inf) for sizes_of_image in sizes]
+        return largest_fitting_budget(planned, cell, tau, max_tokens * 4 // 5)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, visual_token_mask: Tensor | None = None, **kwargs
@@ -1419,38 +1300,33 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         return generator if image_token_id is None else TextCandidates(generator, image_token_id)
 
     def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
+        self, expand_size: int = 1, input_ids: Tensor | None = None, **inputs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeats every prompt `expand_size` times, each with its own images (beams, several return sequences)."""
-        packed = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_grid_thw", "num_scales")}
+        packed = {name: inputs.pop(name, None) for name in IMAGE_INPUTS}
         if expand_size > 1 and packed["pixel_values"] is not None:
-            cache = one_cache(model_kwargs.get("past_key_values"), model_kwargs.get("cache"))
-            new_tokens = input_ids[:, num_keys(cache) :]
+            new_tokens = input_ids[:, num_cached_tokens(inputs) :]
             if self._slots(new_tokens).any():  # else the cache holds the images already
                 packed = self._repeat_images(new_tokens, expand_size, **packed)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, model_kwargs | {name: value for name, value in packed.items() if value is not None}
+        input_ids, inputs = super()._expand_inputs_for_generation(expand_size, input_ids=input_ids, **inputs)
+        return input_ids, inputs | {name: value for name, value in packed.items() if value is not None}
 
     def _repeat_images(
         self, input_ids: Tensor, times: int, pixel_values: Tensor, image_grid_thw: Tensor, num_scales: Tensor | None
     ) -> dict[str, Tensor | None]:
-        row_of_scale = self._row_of_scale(input_ids, image_grid_thw)
+        row_of_scale, num_rows = self._row_of_scale(input_ids, image_grid_thw), len(input_ids)
 
-        def repeat(x: Tensor, row: Tensor) -> Tensor:
-            return torch.cat([x[row == index].repeat(times, *[1] * (x.ndim - 1)) for index in range(len(input_ids))])
+        def repeat(x: Tensor, counts: list[int]) -> Tensor:
+            return torch.cat([of_row for of_row in x.split(counts) for _ in range(times)])
 
-        row_of_patch = row_of_scale.repeat_interleave(image_grid_thw.prod(-1))
+        scales_per_row = row_of_scale.bincount(minlength=num_rows).tolist()
+        patches_per_row = [int(grids.prod(-1).sum()) for grids in image_grid_thw.split(scales_per_row)]
         if num_scales is not None:
-            num_scales = repeat(num_scales, row_of_scale[num_scales.cumsum(0) - 1])
+            row_of_image = row_of_scale[num_scales.cumsum(0) - 1]
+            num_scales = repeat(num_scales, row_of_image.bincount(minlength=num_rows).tolist())
         return {
-            "pixel_values": repeat(pixel_values, row_of_patch.to(pixel_values.device)),
-            "image_grid_thw": repeat(image_grid_thw, row_of_scale),
+            "pixel_values": repeat(pixel_values, patches_per_row),
+            "image_grid_thw": repeat(image_grid_thw, scales_per_row),
             "num_scales": num_scales,
         }
 
@@ -1467,9 +1343,8 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
 
 
 NaViLForConditionalGeneration.register_for_auto_class("AutoModel")
-# transformers' pipelines look here for the tokenizer, the processor and the models that they know; Trainer's label
-# smoothing shifts the labels of those in the last table. They read the names alone: TRL before 1.0 takes a model type
-# among the keys for one that needs images in every row.
+# Pipelines look here for tokenizer, processor and models; Trainer's label smoothing shifts labels for those in the last
+# table. Only the names count, and TRL before 1.0 would require images in every row of a model type among the keys.
 AutoTokenizer.register(NaViLConfig, fast_tokenizer_class=NaViLTokenizer, exist_ok=True)
 AutoProcessor.register(NaViLConfig, NaViLProcessor, exist_ok=True)
 for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):

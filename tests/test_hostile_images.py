@@ -16,7 +16,7 @@ from navil.image_processing_navil import (
     count_slot_tokens,
     largest_fitting_budget,
     load_image,
-    load_picture,
+    load_sized_image,
     plan_scales,
 )
 from navil.tokenization_navil import image_slot
@@ -191,12 +191,12 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(max_pixels, fraction,
     exif = Image.Exif()
     exif[0x0112] = 6
     recorded_image(480, 320, 0).save(tmp_path / "large.jpg", exif=exif)
-    picture = load_picture(tmp_path / "large.jpg", max_pixels)
-    assert load_picture((tmp_path / "large.jpg").read_bytes(), max_pixels) == picture
-    assert load_picture((tmp_path / "large.jpg").as_uri(), max_pixels) == picture
-    assert (picture.height, picture.width) == (480, 320)  # upright
-    assert picture.pixels.size == (320 // fraction, 480 // fraction)
-    assert fraction == 8 or picture.pixels.width * picture.pixels.height < 16 * max_pixels or fraction == 1
+    image, size = load_sized_image(tmp_path / "large.jpg", max_pixels)
+    assert load_sized_image((tmp_path / "large.jpg").read_bytes(), max_pixels) == (image, size)
+    assert load_sized_image((tmp_path / "large.jpg").as_uri(), max_pixels) == (image, size)
+    assert size == (480, 320)  # upright
+    assert image.size == (320 // fraction, 480 // fraction)
+    assert fraction == 8 or image.width * image.height < 16 * max_pixels or fraction == 1
 
 
 def test_a_draft_is_planned_as_the_whole_picture_and_looks_like_it(tmp_path):
@@ -269,7 +269,7 @@ def test_a_suggested_budget_fits(images, max_tokens, tau):
     def tokens(budget: int) -> int:
         return sum(count_slot_tokens(plan_scales(*size, 32, 4096, budget, tau), cell=32) for size in images)
 
-    suggested = largest_fitting_budget([[size] for size in images], 32, 4096, 10**7, tau, max_tokens)
+    suggested = largest_fitting_budget([([size], 4096, 10**7) for size in images], 32, tau, max_tokens)
     if suggested is None:
         assert tokens(4096) > max_tokens
     else:
