@@ -22,7 +22,6 @@ from .tokenization_navil import (
     expand_image_slots,
     hide_typed_placeholders,
     list_conversations,
-    show_typed_placeholders,
 )
 
 IGNORE_INDEX = -100
@@ -129,7 +128,7 @@ class NaViLProcessor(ProcessorMixin):
         images = [] if images is None else flatten_images(images)
         texts, features = self._fill_slots(texts, images, image_settings, allow_control_tokens)
         return_tensors = text_settings.pop("return_tensors", None)
-        encoded = self._tokenize([show_typed_placeholders(prompt) for prompt in texts], **text_settings)
+        encoded = self._tokenize(texts, **text_settings)
         return BatchFeature({**encoded, **features}, tensor_type=return_tensors)
 
     def _fill_slots(
@@ -255,7 +254,6 @@ class NaViLProcessor(ProcessorMixin):
         stretches = self._split_at_answers(hide_typed_placeholders(messages), allow_control_tokens)
         settings = {**image_settings, "return_tensors": "pt"}
         stretches, features = self._fill_slots(stretches, images, settings, allow_control_tokens)
-        stretches = [show_typed_placeholders(text) for text in stretches]
         ends = list(accumulate(map(len, stretches)))
         answers = list(zip(ends[::2], ends[1::2], strict=True))  # prompt and answer alternate
         encoding = self._tokenize(["".join(stretches)], return_offsets_mapping=True)

@@ -140,6 +140,9 @@ def expand_image_slots(
         merge_size: side of a merged cell, in patches.
         allow_control_tokens: let slot tokens through that are in a text already.
 
+    Returns:
+        The texts with slots, and with the `<image>` that `hide_typed_placeholders` hid.
+
     Raises:
         ValueError: the numbers of placeholders and images differ, scales do not add up, or a slot token is in a text.
     """
@@ -155,10 +158,11 @@ def expand_image_slots(
         )
     scale = iter(grids)
     slots = iter([image_slot([next(scale) for _ in range(count)], merge_size) for count in num_scales])
-    return [re.sub(re.escape(IMAGE_PLACEHOLDER), lambda _: next(slots), text) for text in texts]
+    filled = [re.sub(re.escape(IMAGE_PLACEHOLDER), lambda _: next(slots), text) for text in texts]
+    return [text.replace(_TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER) for text in filled]
 
 
-# What stands for an `<image>` that is typed in a message while the slots are filled: no text that can be tokenized.
+# Stands for an `<image>` that is typed in a message until the slots are filled: no text that can be tokenized.
 _TYPED_PLACEHOLDER = "<image\udfff>"
 
 
@@ -171,16 +175,6 @@ def hide_typed_placeholders(messages: Sequence[dict[str, Any]]) -> list[dict[str
         return [{**part, "text": hide(part["text"])} if part["type"] == "text" else part for part in content]
 
     return [{**message, "content": hide(message["content"])} for message in messages]
-
-
-def show_typed_placeholders(text: str) -> str:
-    """Undoes `hide_typed_placeholders` in a prompt."""
-    return text.replace(_TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER)
-
-
-def put_images_in_front(question: str, num_images: int) -> str:
-    """The question with one `<image>` line per image in front, unless it says itself where images go."""
-    return question if IMAGE_PLACEHOLDER in question else f"{IMAGE_PLACEHOLDER}\n" * num_images + question
 
 
 def reject_tokens(text: str, tokens: Sequence[str]) -> None:
