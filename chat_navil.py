@@ -34,6 +34,7 @@ ONE_SEQUENCE |= {"cache_implementation": None, "past_key_values": None}
 """The settings of `generate` that a session cannot leave open."""
 
 GenerationSettings = dict[str, Any] | GenerationConfig | None
+ImageInputs = dict[str, Tensor]  # IMAGE_INPUTS, or nothing
 
 
 class NaViLChatSession:
@@ -43,10 +44,8 @@ class NaViLChatSession:
     the generated ids, the cache is cropped to the common prefix.
 
     Args:
-        model: a `NaViLForConditionalGeneration`.
-        tokenizer: a `NaViLTokenizer`.
-        generation_config: settings for `generate`, for all turns; the defaults are `chat`'s.
-        options: see `chat_options`.
+        model, tokenizer: a `NaViLForConditionalGeneration` and its `NaViLTokenizer`.
+        generation_config, options: of all turns, as in `chat`.
 
     Attributes:
         history: (question, answer) of the turns so far, as `chat` takes and returns it.
@@ -69,7 +68,7 @@ class NaViLChatSession:
         self.generation_config = generation_config
         self.options = options
         self.history: list[tuple[str, str]] = []
-        self.images: dict[str, Tensor] = {}
+        self.images: ImageInputs = {}
         self.num_prefilled = 0
         self._forget()
 
@@ -213,11 +212,11 @@ class NaViLChat:
         pixel_values: Any,
         question: str,
         history: Sequence[tuple[str, str]] = (),
-        earlier_images: dict[str, Tensor] | None = None,
+        earlier_images: ImageInputs | None = None,
         grids: Any = None,
         num_scales: Any = None,
         **options: Any,
-    ) -> tuple[str, Tensor, dict[str, Tensor]]:
+    ) -> tuple[str, Tensor, ImageInputs]:
         """The question with `<image>` for its images, the conversation's ids (1, L) and inputs of all its images.
 
         `earlier_images` are the history's image inputs; None: its images come first in `pixel_values`.
@@ -229,7 +228,7 @@ class NaViLChat:
             self.init_special_token_ids(tokenizer)
         goes_in_front = IMAGE_PLACEHOLDER not in question and not (history and earlier_images is None)
 
-        def encode(new_images: dict[str, Tensor]) -> tuple[str, Tensor, dict[str, Tensor]]:
+        def encode(new_images: ImageInputs) -> tuple[str, Tensor, ImageInputs]:
             num_in_front = len(new_images.get("num_scales", ())) if goes_in_front else 0
             asked = f"{IMAGE_PLACEHOLDER}\n" * num_in_front + question
             images = join_images([earlier_images, new_images])
@@ -275,23 +274,14 @@ class NaViLChat:
         return {**settings, "return_dict_in_generate": False}
 
     def _encode_chat(
-        self,
-        tokenizer: Any,
-        turns: Sequence[tuple[str, str | None]],
-        images: dict[str, Tensor],
-        allow_control_tokens: bool = False,
-        system_message: str | None = None,
+        self, tokenizer: Any, turns: Sequence, images: ImageInputs, allow_control_tokens: bool = False, **template: Any
     ) -> Tensor:
-        """Ids (1, L) of a conversation whose last turn has no answer yet."""
+        """Ids (1, L) of a conversation of (question, answer) turns, whose last one has no answer yet."""
         texts = [text for turn in turns for text in turn if text is not None]
         roles = cycle(("user", "assistant"))
-        prompt = tokenizer.apply_chat_template(
-            [{"role": next(roles), "content": text} for text in texts],
-            tokenize=False,
-            add_generation_prompt=True,
-            allow_control_tokens=allow_control_tokens,
-            system_message=system_message,
-        )
+        messages = [{"role": next(roles), "content": text} for text in texts]
+        template |= {"allow_control_tokens": allow_control_tokens, "add_generation_prompt": True}
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, **template)
         check_length(tokenizer, prompt, self.config.text_config.context_length)
         grids, num_scales = (images[name].tolist() if images else [] for name in ("image_grid_thw", "num_scales"))
         merge_size = self.config.vision_config.spatial_merge_size
@@ -300,13 +290,8 @@ class NaViLChat:
         return input_ids.to(self.device)
 
     def _image_inputs(
-        self,
-        pixel_values: Any,
-        grids: Any,
-        num_scales: Any,
-        count_text: Callable[[int], int] | None = None,
-        **settings: Any,
-    ) -> dict[str, Tensor]:
+        self, pixel_values: Any, grids: Any, num_scales: Any, count_text: Callable | None = None, **settings: Any
+    ) -> ImageInputs:
         """Every form of image input that `chat` takes -> `pixel_values`, `image_grid_thw` and `num_scales`.
 
         `count_text` maps a number of images to the tokens of the text around them, so that images beyond the context
@@ -342,7 +327,7 @@ class NaViLChat:
         is_float = "float" in str(getattr(pixel_values, "dtype", ""))
         return is_float and pixel_values.shape[1:] in ((vision.patch_dim,), (3, vision.patch_size, vision.patch_size))
 
-    def _packed_inputs(self, pixel_values: Any, grids: Any, num_scales: Any) -> dict[str, Tensor]:
+    def _packed_inputs(self, pixel_values: Any, grids: Any, num_scales: Any) -> ImageInputs:
         """Patches and their grids as tensors; without `num_scales`, every grid is an image of its own."""
         grids = whole_numbers("num_patches_list", grids)
         num_scales = whole_numbers("num_scales", [1] * len(grids) if num_scales is None else num_scales).reshape(-1)
@@ -403,11 +388,7 @@ def chat_options(
 
 
 def as_turns(history: Iterable[tuple[str, str]] | None) -> list[tuple[str, str]]:
-    """A history, in any kind of rows, as pairs of texts.
-
-    Raises:
-        ValueError: something else than pairs of texts.
-    """
+    """A history, in any kind of rows, as pairs of texts; a ValueError for anything else."""
     turns = [] if history is None else list(history)
     for turn in turns:
         if isinstance(turn, Mapping) or [isinstance(text, str) for text in turn] != [True, True]:
@@ -416,11 +397,7 @@ def as_turns(history: Iterable[tuple[str, str]] | None) -> list[tuple[str, str]]
 
 
 def whole_numbers(name: str, values: Any) -> Tensor:
-    """Grids or counts, in (nested) rows of any kind, as an int64 tensor.
-
-    Raises:
-        ValueError: numbers that are not whole, or rows of different lengths.
-    """
+    """Grids or counts, in (nested) rows of any kind, as an int64 tensor; a ValueError for other numbers."""
 
     def plain(rows: Any) -> Any:
         if hasattr(rows, "tolist"):  # arrays, and tensors on any device
@@ -434,12 +411,9 @@ def whole_numbers(name: str, values: Any) -> Tensor:
 
 
 def check_length(tokenizer: Any, prompt: str, context_length: int) -> None:
-    """Rejects a text that is far too long before all of it is tokenized, which takes seconds and gigabytes.
+    """Raises a ValueError for a text far beyond the context before all of it is tokenized, which takes gigabytes.
 
     Pieces are tokenized one by one; tokens that a cut may have added are not counted.
-
-    Raises:
-        ValueError: more tokens than the context holds.
     """
     if len(prompt) <= 4 * context_length:
         return
@@ -464,7 +438,7 @@ def ended_on_error(streamer: Any) -> Iterator[None]:
         raise
 
 
-def join_images(images: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+def join_images(images: Iterable[ImageInputs]) -> ImageInputs:
     """The images of several prompts as one: those inputs that all prompts with images have."""
     images = [inputs for inputs in images if inputs]
     names = [name for name in IMAGE_INPUTS if images and all(name in inputs for inputs in images)]

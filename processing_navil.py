@@ -159,9 +159,8 @@ class NaViLProcessor(ProcessorMixin):
         """As in transformers, images in the messages included.
 
         Args:
-            conversation: messages, or a batch of conversations. A message's content is a text or a list of
-                `{"type": "text", "text": ...}` and `{"type": "image", ...}`, with `image`, `path`, `url`, `base64` or
-                `bytes`, and `min_pixels` or `max_pixels` of that picture if they differ; or OpenAI's `image_url`.
+            conversation: messages, or a batch of conversations, as `list_conversations` reads them; an image part may
+                have `min_pixels` and `max_pixels` of its own.
             add_generation_prompt: None adds it when a user speaks last, so that the result goes into `generate`.
             allow_control_tokens: let special tokens through that are typed in a message. `<image>` in a text is text.
             processor_kwargs, kwargs: settings for `__call__`, when `tokenize`; other `kwargs` are variables of the

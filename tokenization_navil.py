@@ -9,9 +9,9 @@ import json
 import os
 import re
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from jinja2 import Environment
@@ -72,27 +72,21 @@ def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE, b
     """
     if template not in ASSISTANT_PREFIXES:
         raise ValueError(f"template must be one of {sorted(ASSISTANT_PREFIXES)}, got {template!r}")
-    image, prefix, default = (
-        json.dumps(text, ensure_ascii=False)
-        for text in (f"{IMAGE_PLACEHOLDER}\n", ASSISTANT_PREFIXES[template], system_message)
-    )
+    texts = (f"{IMAGE_PLACEHOLDER}\n", ASSISTANT_PREFIXES[template], system_message)
+    image, prefix, default = (json.dumps(text, ensure_ascii=False) for text in texts)
     generation_prefix = prefix if prefix == '""' else f'("" if enable_thinking else {prefix})'
     return (
         ("{{- bos_token -}}" if begins_with_bos else "") + "{%- macro text(content) -%}"
-        "{%- if content is string -%}{{- content -}}"
-        "{%- else -%}{%- for part in content -%}"
-        f"{{%- if part.type == 'image' -%}}{{{{- {image} -}}}}"
-        "{%- else -%}{{- part.text -}}{%- endif -%}"
-        "{%- endfor -%}{%- endif -%}"
-        "{%- endmacro -%}"
+        "{%- if content is string -%}{{- content -}}{%- else -%}"
+        f"{{%- for part in content -%}}{{%- if part.type == 'image' -%}}{{{{- {image} -}}}}"
+        "{%- else -%}{{- part.text -}}{%- endif -%}{%- endfor -%}"
+        "{%- endif -%}{%- endmacro -%}"
         "{%- if not messages or messages[0].role != 'system' -%}"
         f"{{{{- '<|im_start|>system\\n' + system_message | default({default}) + '<|im_end|>' -}}}}"
         "{%- endif -%}"
-        "{%- for message in messages -%}"
-        "{{- '<|im_start|>' + message.role + '\\n' -}}"
+        "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\\n' -}}"
         f"{{%- if message.role == 'assistant' -%}}{{{{- {prefix} -}}}}{{%- endif -%}}"
-        "{{- text(message.content) + '<|im_end|>' -}}"
-        "{%- endfor -%}"
+        "{{- text(message.content) + '<|im_end|>' -}}{%- endfor -%}"
         f"{{%- if add_generation_prompt -%}}{{{{- '<|im_start|>assistant\\n' + {generation_prefix} -}}}}{{%- endif -%}}"
     )
 
@@ -312,11 +306,11 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
                 continue that is blank or cannot be told from the end of its turn.
         """
         conversations = list_conversations(conversation)
-        texts = [text for messages in conversations for message in messages for text in _message_texts(message)]
         if not allow_control_tokens:
             reserved = self._reserved_tokens()
-            for text in texts:
-                reject_tokens(text, reserved)
+            for message in chain.from_iterable(conversations):
+                parts = content_parts(message)
+                reject_tokens("".join(part["text"] if part["type"] == "text" else "\n" for part in parts), reserved)
         if continue_final_message:
             for messages in conversations:
                 _check_continuable(messages[-1])
@@ -342,19 +336,12 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         special = {token.content for token in self.added_tokens_decoder.values() if token.special}
         return sorted({*CONTROL_TOKENS, *special, *self.all_special_tokens} - marks)
 
-    def _decode(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        spaces_between_special_tokens: bool | None = None,
-        **kwargs: Any,
-    ) -> str:
-        if spaces_between_special_tokens is None:
-            spaces_between_special_tokens = self.spaces_between_special_tokens
-        kwargs["clean_up_tokenization_spaces"] = clean_up_tokenization_spaces
+    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
+        is_spaced = kwargs.pop("spaces_between_special_tokens", None)
+        if is_spaced is None:
+            is_spaced = self.spaces_between_special_tokens
         with _RUST_TOKENIZER:
-            if skip_special_tokens or not spaces_between_special_tokens:
+            if skip_special_tokens or not is_spaced:
                 return super()._decode(token_ids, skip_special_tokens, **kwargs)
             # The document marks (<s>, </s>, <unk>) take a blank in front, all other special tokens one on either side.
             marks = {self.bos_token_id, self.eos_token_id, self.unk_token_id}
@@ -393,8 +380,8 @@ def list_conversations(conversation: Any) -> list[list[dict[str, Any]]]:
     """A conversation, or a batch of them, as a list of conversations in one form, which every chat template can read.
 
     A message's content is a text or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", ...}` with
-    what the image processor takes, or OpenAI's `{"type": "image_url", "image_url": ...}`, which becomes an image part.
-    Keys that are None, as Arrow fills them in, are dropped.
+    `image`, `path`, `url`, `base64` or `bytes`, or OpenAI's `{"type": "image_url", "image_url": ...}`, which becomes an
+    image part. Keys that are None, as Arrow fills them in, are dropped.
 
     Raises:
         ValueError: no message, an unknown role, something else than messages, or content of another kind.
@@ -442,17 +429,9 @@ def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _message_texts(message: dict[str, Any]) -> Iterator[str]:
-    """A message's texts; those that follow one another are one, as in the prompt."""
-    for kind, parts in groupby(content_parts(message), lambda part: part["type"]):
-        if kind == "text":
-            yield "".join(part["text"] for part in parts)
-
-
 def _check_continuable(message: dict[str, Any]) -> None:
     """transformers finds where to stop by searching the prompt for the message's last text."""
-    texts = [part["text"] for part in content_parts(message) if part["type"] == "text"]
-    text = texts[-1] if texts else ""
+    *_, text = ["", *(part["text"] for part in content_parts(message) if part["type"] == "text")]
     if (text.lstrip() + END_OF_TURN).rindex(text.strip()):
         raise ValueError(
             f"a message with the text {text!r:.80} cannot be continued: it is blank or part of {END_OF_TURN}"
