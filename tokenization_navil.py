@@ -212,13 +212,8 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         if isinstance(kwargs.get("extra_special_tokens"), list):  # as transformers 5 saves them and 4 cannot read them
             kwargs["additional_special_tokens"] = kwargs.pop("extra_special_tokens")
-        super().__init__(
-            *args,
-            template=template,
-            system_message=system_message,
-            spaces_between_special_tokens=spaces_between_special_tokens,
-            **kwargs,
-        )
+        kwargs |= {"template": template, "system_message": system_message}
+        super().__init__(*args, spaces_between_special_tokens=spaces_between_special_tokens, **kwargs)
         self._drop_call_settings()
         self.system_message = system_message
         self.spaces_between_special_tokens = spaces_between_special_tokens
@@ -314,27 +309,22 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         if continue_final_message:
             for messages in conversations:
                 _check_continuable(messages[-1])
+        variables = {name: value for name, value in kwargs.items() if name not in _KEYWORDS}
+        variables |= {"tools": tools, "documents": documents, "system_message": system_message}
+        if system_message is None:
+            system_message = self.system_message
         with _RUST_TOKENIZER:
-            variables = {name: value for name, value in kwargs.items() if name not in _KEYWORDS}
-            variables |= {"tools": tools, "documents": documents, "system_message": system_message}
             known = template_names(self.get_chat_template(chat_template, tools))
             check_keywords(variables, known, "a setting, nor a variable of the chat template")
-            return super().apply_chat_template(
-                conversations if _is_list(conversation[0]) else conversations[0],
-                tools,
-                documents,
-                chat_template,
-                *args,
-                system_message=self.system_message if system_message is None else system_message,
-                continue_final_message=continue_final_message,
-                **kwargs,
-            )
+            conversation = conversations if _is_list(conversation[0]) else conversations[0]
+            kwargs |= {"system_message": system_message, "continue_final_message": continue_final_message}
+            return super().apply_chat_template(conversation, tools, documents, chat_template, *args, **kwargs)
 
     def _reserved_tokens(self) -> list[str]:
         """Every special token of the vocabulary but the marks of a grounded answer."""
-        marks = set(IMAGE_TOKENS) - set(SLOT_TOKENS)
         special = {token.content for token in self.added_tokens_decoder.values() if token.special}
-        return sorted({*CONTROL_TOKENS, *special, *self.all_special_tokens} - marks)
+        special |= {*CONTROL_TOKENS, *self.all_special_tokens}
+        return sorted(special - (set(IMAGE_TOKENS) - set(SLOT_TOKENS)))
 
     def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
         is_spaced = kwargs.pop("spaces_between_special_tokens", None)
