@@ -86,7 +86,7 @@ class NaViLChatSession:
         model, tokenizer = self.model, self.tokenizer
         with ended_on_error(streamer):
             question, input_ids, images = model._prepare(
-                tokenizer, images, question, self.history, self.images, **self.options
+                tokenizer, self.options, question, images, self.history, earlier_images=self.images
             )
             cache, num_cached = self._cut_to_prefix_of(input_ids)
             self._forget()  # a turn that fails leaves no cache that is half written
@@ -162,10 +162,8 @@ class NaViLChat:
             if not anyres_image_size:
                 raise ValueError("anyres_image_size must be True: NaViL sees images at their own resolution only")
             history = as_turns(history)
-            packing = {"grids": num_patches_list, "num_scales": num_scales}
-            question, input_ids, images = self._prepare(
-                tokenizer, pixel_values, question, history, **packing, **options
-            )
+            packed = {"grids": num_patches_list, "num_scales": num_scales}
+            question, input_ids, images = self._prepare(tokenizer, options, question, pixel_values, history, **packed)
             settings = self._chat_settings(tokenizer, generation_config, streamer)
             _, [answer] = self._answer(tokenizer, [input_ids], images | settings)
         if verbose:
@@ -194,8 +192,8 @@ class NaViLChat:
             ValueError: as `chat` does, or images that are not those of the questions.
         """
         images = self._images_of_questions(questions, pixel_values, num_patches_list, num_scales)
-        pairs = zip(images, questions, strict=True)
-        prepared = [self._prepare(tokenizer, own_images, question, **options) for own_images, question in pairs]
+        pairs = zip(questions, images, strict=True)
+        prepared = [self._prepare(tokenizer, options, question, own_images) for question, own_images in pairs]
         _, prompts, images = zip(*prepared, strict=True)
         settings = self._chat_settings(tokenizer, generation_config, None)
         return self._answer(tokenizer, prompts, join_images(images) | settings)[1]
@@ -209,13 +207,13 @@ class NaViLChat:
     def _prepare(
         self,
         tokenizer: Any,
-        pixel_values: Any,
+        options: dict[str, Any],
         question: str,
+        pixel_values: Any,
         history: Sequence[tuple[str, str]] = (),
-        earlier_images: ImageInputs | None = None,
         grids: Any = None,
         num_scales: Any = None,
-        **options: Any,
+        earlier_images: ImageInputs | None = None,
     ) -> tuple[str, Tensor, ImageInputs]:
         """The question with `<image>` for its images, the conversation's ids (1, L) and inputs of all its images.
 
