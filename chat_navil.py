@@ -7,7 +7,6 @@ from functools import partial
 from itertools import cycle
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -247,7 +246,7 @@ class NaViLChat:
         length = input_ids.shape[1]
         max_length = options.get("max_length")
         if max_length is not None and max_length == GenerationConfig().max_length and max_length <= length:
-            # transformers 4's default, which leaves no room for an answer: not the caller's choice.
+            # transformers 4's default, which leaves no room for an answer: not the caller's choice
             options = {**options, "max_length": None, "max_new_tokens": MAX_NEW_TOKENS}
         output_ids = self.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
         answers = tokenizer.batch_decode(output_ids[:, length:], skip_special_tokens=True)
@@ -402,10 +401,10 @@ def whole_numbers(name: str, values: Any) -> Tensor:
             return rows.tolist()
         return [plain(row) for row in rows] if isinstance(rows, Iterable) else rows
 
-    numbers = np.asarray(plain(values))
-    if not np.array_equal(numbers, numbers.astype(np.int64)):
+    numbers = torch.tensor(plain(values), dtype=torch.float64)
+    if (numbers != numbers.long()).any():
         raise ValueError(f"{name} must be whole numbers, got {values!r:.80}")
-    return torch.from_numpy(numbers.astype(np.int64))
+    return numbers.long()
 
 
 def check_length(tokenizer: Any, prompt: str, context_length: int) -> None:

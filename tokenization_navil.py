@@ -252,8 +252,8 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         for name in _CALL_SETTINGS:
             self.init_kwargs.pop(name, None)
 
-    # Every use of the Rust tokenizer that changes its settings or leaves Python's lock goes through one of these. In
-    # transformers 4 all encoding ends in `_batch_encode_plus`, in 5 in `_encode_plus`.
+    # Every use of the Rust tokenizer that changes its settings or releases the GIL goes through one of these methods.
+    # All encoding ends in `_batch_encode_plus` in transformers 4 and in `_encode_plus` in 5.
 
     def _batch_encode_plus(self, batch_text_or_text_pairs: Any, *args: Any, **kwargs: Any) -> Any:
         check_encodable(batch_text_or_text_pairs)
@@ -384,29 +384,27 @@ def list_conversations(conversation: Any) -> list[list[dict[str, Any]]]:
 
 
 def _read_message(message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise ValueError(f"a message must be a dict of role and content, got {message!r:.80}")
-    message = _given(message)
-    if message.get("role") not in ROLES:
-        raise ValueError(f"a message's role must be one of {ROLES}, got {message.get('role')!r:.80}")
-    content = message.get("content")
+    given = _given(message)
+    if given.get("role") not in ROLES:
+        raise ValueError(f"a message is a dict whose role must be one of {ROLES}, got {message!r:.80}")
+    content = given.get("content")
     if isinstance(content, str):
-        return message
-    return {**message, "content": [_read_part(part) for part in (content if _is_list(content) else [content])]}
+        return given
+    return {**given, "content": [_read_part(part) for part in (content if _is_list(content) else [content])]}
 
 
 def _read_part(part: Any) -> dict[str, Any]:
-    read = _given(part) if isinstance(part, dict) else {}
-    kind = read.get("type")
-    if kind == "text" and isinstance(read.get("text"), str):
-        return read
+    given = _given(part)
+    kind = given.get("type")
+    if kind == "text" and isinstance(given.get("text"), str):
+        return given
     if kind not in ("image", "image_url"):
         raise ValueError(f"content is a text or a list of text and image parts; got {part!r:.80}")
-    return {**read, "type": "image"}
+    return {**given, "type": "image"}
 
 
-def _given(entries: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entries.items() if value is not None}
+def _given(entries: Any) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if value is not None} if isinstance(entries, dict) else {}
 
 
 def _is_list(value: Any) -> bool:
@@ -423,9 +421,7 @@ def _check_continuable(message: dict[str, Any]) -> None:
     """transformers finds where to stop by searching the prompt for the message's last text."""
     *_, text = ["", *(part["text"] for part in content_parts(message) if part["type"] == "text")]
     if (text.lstrip() + END_OF_TURN).rindex(text.strip()):
-        raise ValueError(
-            f"a message with the text {text!r:.80} cannot be continued: it is blank or part of {END_OF_TURN}"
-        )
+        raise ValueError(f"a message cannot be continued if its text is blank or part of {END_OF_TURN}: {text!r:.80}")
 
 
 NaViLTokenizer.register_for_auto_class()
