@@ -28,9 +28,9 @@ IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "num_scales")
 PIECE_LENGTH = 65536  # characters
 TOKENS_PER_CUT = 64
 
+# The settings of `generate` that a session cannot leave open.
 ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 ONE_SEQUENCE |= {"cache_implementation": None, "past_key_values": None}
-"""The settings of `generate` that a session cannot leave open."""
 
 GenerationSettings = dict[str, Any] | GenerationConfig | None
 ImageInputs = dict[str, Tensor]  # IMAGE_INPUTS, or nothing
@@ -333,9 +333,7 @@ class NaViLChat:
         patches = self.vision_model.check_inputs(torch.as_tensor(pixel_values), grids)
         return {"pixel_values": patches, "image_grid_thw": grids, "num_scales": num_scales}
 
-    def _images_of_questions(
-        self, questions: Sequence[str], pixel_values: Any, grids: Any, num_scales: Any
-    ) -> list[Any]:
+    def _images_of_questions(self, questions: Sequence[str], pixel_values: Any, grids: Any, num_scales: Any) -> list:
         """What `chat` would take as `pixel_values` of each question."""
         if grids is None and not isinstance(pixel_values, Mapping):
             images = [None] * len(questions) if pixel_values is None else list(pixel_values)
