@@ -258,7 +258,6 @@ class NaViLChat:
             max_length = generation_config.max_length if generation_config.max_new_tokens is None else None
             generation_config = {**generation_config.to_diff_dict(), "max_length": max_length}
         settings = {
-            "tokenizer": tokenizer,
             "do_sample": False,
             "eos_token_id": tokenizer.convert_tokens_to_ids(END_OF_TURN),
             "pad_token_id": tokenizer.pad_token_id,
@@ -266,6 +265,8 @@ class NaViLChat:
         }
         if settings.get("max_new_tokens") is None:  # a max_length counts only where the other limit is off
             settings["max_new_tokens"] = MAX_NEW_TOKENS if settings.get("max_length") is None else None
+        if settings.get("stop_strings") is not None:
+            settings.setdefault("tokenizer", tokenizer)
         if streamer is not None:
             settings["streamer"] = streamer
         return {**settings, "return_dict_in_generate": False}
