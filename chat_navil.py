@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import cycle
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -20,7 +21,6 @@ from .tokenization_navil import (
     IMAGE_START_TOKEN,
     IMAGE_TOKEN,
     expand_image_slots,
-    put_images_in_front,
 )
 
 MAX_NEW_TOKENS = 1024
@@ -28,27 +28,23 @@ IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "num_scales")
 PIECE_LENGTH = 65536  # characters
 TOKENS_PER_CUT = 64
 
-ONE_SEQUENCE = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "use_cache": True,
-    "cache_implementation": None,
-    "past_key_values": None,
-}
-"""The settings of `generate` that a session cannot leave open."""
+# The settings of `generate` that a session cannot leave open.
+ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+ONE_SEQUENCE |= {"cache_implementation": None, "past_key_values": None}
+
+GenerationSettings = dict[str, Any] | GenerationConfig | None
+ImageInputs = dict[str, Tensor]  # IMAGE_INPUTS, or nothing
 
 
 class NaViLChatSession:
-    """Asks a model question after question; a turn runs only what it adds to the conversation through the model.
+    """Asks a model question after question; each turn prefills only the tokens that it adds to the conversation.
 
-    The answers are those of `model.chat` with the same history and images. What is kept is compared token by token:
-    where an answer's text is tokenized otherwise than it was generated, the cache is cut back to the last equal token.
+    The answers are those of `model.chat` with the same history and images. If re-tokenization of an answer differs from
+    the generated ids, the cache is cropped to the common prefix.
 
     Args:
-        model: a `NaViLForConditionalGeneration`.
-        tokenizer: a `NaViLTokenizer`.
-        generation_config: settings for `generate`, for all turns; the defaults are `chat`'s.
-        options: see `chat_options`.
+        model, tokenizer: a `NaViLForConditionalGeneration` and its `NaViLTokenizer`.
+        generation_config, options: of all turns, as in `chat`.
 
     Attributes:
         history: (question, answer) of the turns so far, as `chat` takes and returns it.
@@ -59,26 +55,19 @@ class NaViLChatSession:
         ValueError: settings under which there is no cache of one sequence (beams, several answers, another cache).
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        generation_config: dict[str, Any] | GenerationConfig | None = None,
-        **options: Any,
-    ):
+    def __init__(self, model: Any, tokenizer: Any, generation_config: GenerationSettings = None, **options: Any):
         settings = model._chat_settings(tokenizer, generation_config, None)
         for name, required in ONE_SEQUENCE.items():
             given = settings.get(name, getattr(model.generation_config, name, None))
             if given not in (None, required):
                 raise ValueError(f"a session keeps the cache of one sequence: {name} must be {required}, got {given!r}")
-        if model.config.image_token_id is None:
-            model.init_special_token_ids(tokenizer)
+        chat_options(**options)  # raises for an unknown one
         self.model = model
         self.tokenizer = tokenizer
         self.generation_config = generation_config
-        self._template, self._image_settings = chat_options(**options)
+        self.options = options
         self.history: list[tuple[str, str]] = []
-        self.images: dict[str, Tensor] = {}
+        self.images: ImageInputs = {}
         self.num_prefilled = 0
         self._forget()
 
@@ -87,32 +76,24 @@ class NaViLChatSession:
 
         Args:
             question: may say where the new images go by `<image>`; else they go in front of it.
-            images: None, or this turn's new images: an image (PIL, path or array), a list of them, or the image
-                processor's output.
+            images: this turn's new images, as the `pixel_values` of `chat` without a `num_patches_list`.
             streamer: receives tokens as they are generated, as in `generate`.
 
         Raises:
             ValueError: as `chat` does. The session is then as it was before the question.
         """
-        with ended_on_error(streamer):
-            return self._ask(question, images, streamer)
-
-    def _ask(self, question: str, images: Any, streamer: Any) -> str:
         model, tokenizer = self.model, self.tokenizer
-        check_question(question)
-        new_images = model._image_inputs(images, None, None, **self._image_settings)
-        question = put_images_in_front(question, len(new_images.get("num_scales", ())))
-        all_images = join_images([self.images, new_images])
-        input_ids = model._encode_chat(tokenizer, [*self.history, (question, None)], all_images, **self._template)
-
-        cache, num_cached = self._cut_to_prefix_of(input_ids)
-        self._forget()  # a turn that fails leaves no cache that is half written
-        images = new_images if num_cached else all_images
-        settings = model._chat_settings(tokenizer, self.generation_config, streamer)
-        output_ids, [answer] = model._answer(tokenizer, [input_ids], images | settings | {"past_key_values": cache})
+        with ended_on_error(streamer):
+            question, input_ids, images = model._prepare(
+                tokenizer, self.options, question, images, self.history, earlier_images=self.images
+            )
+            cache, num_cached = self._cut_to_prefix_of(input_ids)
+            self._forget()  # a turn that fails leaves no cache that is half written
+            settings = model._chat_settings(tokenizer, self.generation_config, streamer) | {"past_key_values": cache}
+            output_ids, [answer] = model._answer(tokenizer, [input_ids], images | settings)
         self._cache, self._cached_ids = cache, output_ids[0, : cache.get_seq_length()]
         self.num_prefilled = input_ids.shape[1] - num_cached
-        self.images = all_images
+        self.images = images
         self.history.append((question, answer))
         return answer
 
@@ -120,7 +101,7 @@ class NaViLChatSession:
         self._cache, self._cached_ids = DynamicCache(), torch.tensor([], dtype=torch.long)
 
     def _cut_to_prefix_of(self, input_ids: Tensor) -> tuple[DynamicCache, int]:
-        """The cache, cut to the tokens that it shares with a prompt (1, L), and their number, less than L."""
+        """The cache, cropped to its common prefix with a prompt (1, L), and that prefix's length, less than L."""
         prompt, cached = input_ids[0, :-1], self._cached_ids.to(input_ids.device)
         length = min(len(prompt), len(cached))
         num_shared = int((prompt[:length] == cached[:length]).cumprod(0).sum())
@@ -130,20 +111,19 @@ class NaViLChatSession:
         if num_shared == 0:
             return DynamicCache(), 0
         if num_shared < len(cached):
-            self._cache.crop(num_shared - len(cached))  # less than 0: so many from the end
+            self._cache.crop(num_shared - len(cached))  # a negative number counts from the end
         return self._cache, num_shared
 
 
 class NaViLChat:
     """`chat`, `batch_chat` and `chat_session` of `NaViLForConditionalGeneration`, a thin layer on its `generate`."""
 
-    @torch.no_grad()
     def chat(
         self,
         tokenizer: Any,
         pixel_values: Any,
         question: str,
-        generation_config: dict[str, Any] | GenerationConfig | None = None,
+        generation_config: GenerationSettings = None,
         history: Iterable[tuple[str, str]] | None = None,
         return_history: bool = False,
         num_patches_list: Any = None,
@@ -181,20 +161,20 @@ class NaViLChat:
             if not anyres_image_size:
                 raise ValueError("anyres_image_size must be True: NaViL sees images at their own resolution only")
             history = as_turns(history)
-            prompt = self._prepare(tokenizer, pixel_values, question, history, num_patches_list, num_scales, **options)
+            packed = {"grids": num_patches_list, "num_scales": num_scales}
+            question, input_ids, images = self._prepare(tokenizer, options, question, pixel_values, history, **packed)
             settings = self._chat_settings(tokenizer, generation_config, streamer)
-            _, [answer] = self._answer(tokenizer, [prompt.input_ids], prompt.images | settings)
+            _, [answer] = self._answer(tokenizer, [input_ids], images | settings)
         if verbose:
-            sys.stdout.write(f"{prompt.question}\n{answer}\n")
-        return (answer, [*history, (prompt.question, answer)]) if return_history else answer
+            sys.stdout.write(f"{question}\n{answer}\n")
+        return (answer, [*history, (question, answer)]) if return_history else answer
 
-    @torch.no_grad()
     def batch_chat(
         self,
         tokenizer: Any,
         pixel_values: Any,
         questions: Sequence[str],
-        generation_config: dict[str, Any] | GenerationConfig | None = None,
+        generation_config: GenerationSettings = None,
         num_patches_list: Any = None,
         num_scales: Any = None,
         **options: Any,
@@ -211,16 +191,14 @@ class NaViLChat:
             ValueError: as `chat` does, or images that are not those of the questions.
         """
         images = self._images_of_questions(questions, pixel_values, num_patches_list, num_scales)
-        prompts = [
-            self._prepare(tokenizer, own_images, question, [], None, None, **options)
-            for question, own_images in zip(questions, images, strict=True)
-        ]
+        pairs = zip(questions, images, strict=True)
+        prepared = [self._prepare(tokenizer, options, question, own_images) for question, own_images in pairs]
+        _, prompts, images = zip(*prepared, strict=True)
         settings = self._chat_settings(tokenizer, generation_config, None)
-        packed = join_images([prompt.images for prompt in prompts])
-        return self._answer(tokenizer, [prompt.input_ids for prompt in prompts], packed | settings)[1]
+        return self._answer(tokenizer, prompts, join_images(images) | settings)[1]
 
     def chat_session(
-        self, tokenizer: Any, generation_config: dict[str, Any] | GenerationConfig | None = None, **options: Any
+        self, tokenizer: Any, generation_config: GenerationSettings = None, **options: Any
     ) -> NaViLChatSession:
         """A conversation that keeps its cache from turn to turn; arguments and errors are `NaViLChatSession`'s."""
         return NaViLChatSession(self, tokenizer, generation_config, **options)
@@ -228,52 +206,53 @@ class NaViLChat:
     def _prepare(
         self,
         tokenizer: Any,
-        pixel_values: Any,
+        options: dict[str, Any],
         question: str,
-        history: Sequence[tuple[str, str]],
-        grids: Any,
-        num_scales: Any,
-        **options: Any,
-    ) -> "Prompt":
-        """Ids and images of a conversation; arguments as in `chat`."""
+        pixel_values: Any,
+        history: Sequence[tuple[str, str]] = (),
+        grids: Any = None,
+        num_scales: Any = None,
+        earlier_images: ImageInputs | None = None,
+    ) -> tuple[str, Tensor, ImageInputs]:
+        """The question with `<image>` for its images, the conversation's ids (1, L) and inputs of all its images.
+
+        `earlier_images` are the history's image inputs; None: its images come first in `pixel_values`.
+        """
         template, image_settings = chat_options(**options)
-        check_question(question)
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"question must be a text that is not empty, got {question!r:.80}")
         if self.config.image_token_id is None:
             self.init_special_token_ids(tokenizer)
+        goes_in_front = IMAGE_PLACEHOLDER not in question and not (history and earlier_images is None)
 
-        def asked(num_images: int) -> str:
-            return question if history else put_images_in_front(question, num_images)
+        def encode(new_images: ImageInputs) -> tuple[str, Tensor, ImageInputs]:
+            num_in_front = len(new_images.get("num_scales", ())) if goes_in_front else 0
+            asked = f"{IMAGE_PLACEHOLDER}\n" * num_in_front + question
+            images = join_images([earlier_images, new_images])
+            return asked, self._encode_chat(tokenizer, [*history, (asked, None)], images, **template), images
 
         def count_text(num_images: int) -> int:
-            empty = {"image_grid_thw": torch.empty(0, 3), "num_scales": torch.zeros(num_images, dtype=torch.long)}
-            ids = self._encode_chat(tokenizer, [*history, (asked(num_images), None)], empty, **template)
-            return ids.shape[1] - 2 * num_images  # <img> and </img> are there already
+            empty = {"image_grid_thw": torch.empty(0, 3), "num_scales": torch.zeros(num_images)}
+            _, input_ids, _ = encode({name: values.long().to(self.device) for name, values in empty.items()})
+            return input_ids.shape[1] - 2 * num_images  # <img> and </img> are there already
 
-        images = self._image_inputs(pixel_values, grids, num_scales, count_text, **image_settings)
-        question = asked(len(images.get("num_scales", ())))
-        ids = self._encode_chat(tokenizer, [*history, (question, None)], images, **template)
-        return Prompt(question, ids, images)
+        return encode(self._image_inputs(pixel_values, grids, num_scales, count_text, **image_settings))
 
     def _answer(self, tokenizer: Any, prompts: Sequence[Tensor], options: dict[str, Any]) -> tuple[Tensor, list[str]]:
         """Generates from prompts (1, L) each; ids of prompts and answers (B, L + new), and the answers as texts."""
-
-        def pad(rows: Sequence[Tensor], value: int) -> Tensor:
-            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
-
-        input_ids = pad([ids[0] for ids in prompts], tokenizer.pad_token_id or 0)
-        attention_mask = pad([torch.ones_like(ids[0]) for ids in prompts], 0)
+        pad = partial(pad_sequence, batch_first=True, padding_side="left")
+        input_ids = pad([ids[0] for ids in prompts], padding_value=tokenizer.pad_token_id or 0)
+        attention_mask = pad([torch.ones_like(ids[0]) for ids in prompts])
         length = input_ids.shape[1]
         max_length = options.get("max_length")
         if max_length is not None and max_length == GenerationConfig().max_length and max_length <= length:
-            # transformers 4's default, which leaves no room for an answer: not the caller's choice.
+            # transformers 4's default, which leaves no room for an answer: not the caller's choice
             options = {**options, "max_length": None, "max_new_tokens": MAX_NEW_TOKENS}
         output_ids = self.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
         answers = tokenizer.batch_decode(output_ids[:, length:], skip_special_tokens=True)
         return output_ids, [answer.strip() for answer in answers]
 
-    def _chat_settings(
-        self, tokenizer: Any, generation_config: dict[str, Any] | GenerationConfig | None, streamer: Any
-    ) -> dict[str, Any]:
+    def _chat_settings(self, tokenizer: Any, generation_config: GenerationSettings, streamer: Any) -> dict[str, Any]:
         """Arguments of `generate`: chat's defaults, the caller's settings, and what chat itself relies on."""
         if isinstance(generation_config, GenerationConfig):
             max_length = generation_config.max_length if generation_config.max_new_tokens is None else None
@@ -293,46 +272,28 @@ class NaViLChat:
         return {**settings, "return_dict_in_generate": False}
 
     def _encode_chat(
-        self,
-        tokenizer: Any,
-        turns: Sequence[tuple[str, str | None]],
-        images: dict[str, Tensor],
-        allow_control_tokens: bool = False,
-        **template: Any,
+        self, tokenizer: Any, turns: Sequence, images: ImageInputs, allow_control_tokens: bool = False, **template: Any
     ) -> Tensor:
-        """Ids (1, L) of a conversation whose last turn has no answer yet."""
-        messages = []
-        for question, answer in turns:
-            messages.append({"role": "user", "content": question})
-            if answer is not None:
-                messages.append({"role": "assistant", "content": answer})
-        prompt = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=True,
-            allow_control_tokens=allow_control_tokens,
-            **template,
-        )
+        """Ids (1, L) of a conversation of (question, answer) turns, whose last one has no answer yet."""
+        texts = [text for turn in turns for text in turn if text is not None]
+        roles = cycle(("user", "assistant"))
+        messages = [{"role": next(roles), "content": text} for text in texts]
+        template |= {"allow_control_tokens": allow_control_tokens, "add_generation_prompt": True}
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, **template)
         check_length(tokenizer, prompt, self.config.text_config.context_length)
-        grids = images["image_grid_thw"].tolist() if images else []
-        num_scales = images["num_scales"].tolist() if images else []
+        grids, num_scales = (images[name].tolist() if images else [] for name in ("image_grid_thw", "num_scales"))
         merge_size = self.config.vision_config.spatial_merge_size
         [prompt] = expand_image_slots([prompt], grids, num_scales, merge_size, allow_control_tokens)
         input_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
         return input_ids.to(self.device)
 
     def _image_inputs(
-        self,
-        pixel_values: Any,
-        grids: Any,
-        num_scales: Any,
-        count_text: Callable[[int], int] | None = None,
-        **settings: Any,
-    ) -> dict[str, Tensor]:
+        self, pixel_values: Any, grids: Any, num_scales: Any, count_text: Callable | None = None, **settings: Any
+    ) -> ImageInputs:
         """Every form of image input that `chat` takes -> `pixel_values`, `image_grid_thw` and `num_scales`.
 
-        `count_text` gives the tokens of text beside a number of images, to refuse images beyond the context before
-        they fill the memory.
+        `count_text` maps a number of images to the tokens of the text around them, so that images beyond the context
+        are rejected before they fill the memory.
         """
         if isinstance(pixel_values, Mapping) and "pixel_values" in pixel_values:  # the image processor's output
             grids = pixel_values.get("image_grid_thw") if grids is None else grids
@@ -340,14 +301,14 @@ class NaViLChat:
             pixel_values = pixel_values["pixel_values"]
             if grids is None:
                 raise ValueError("the image processor's output lacks image_grid_thw")
-        if grids is None and (num_scales is not None or self._are_patches(pixel_values)):
-            raise ValueError("patches and num_scales need num_patches_list, the image processor's image_grid_thw")
         if grids is not None:
             if pixel_values is None:
                 raise ValueError("num_patches_list and num_scales need pixel_values")
             if settings:
                 raise ValueError(f"{', '.join(settings)} cannot change patches that are packed already")
             images = self._packed_inputs(pixel_values, grids, num_scales)
+        elif num_scales is not None or self._are_patches(pixel_values):
+            raise ValueError("patches and num_scales need num_patches_list, the image processor's image_grid_thw")
         else:
             pictures = [] if pixel_values is None else flatten_images(pixel_values)
             if not pictures:
@@ -360,12 +321,11 @@ class NaViLChat:
 
     def _are_patches(self, pixel_values: Any) -> bool:
         """Whether an array or tensor can only be patches: floating point and of their shape."""
-        shape = tuple(getattr(pixel_values, "shape", ()))
         vision = self.config.vision_config
         is_float = "float" in str(getattr(pixel_values, "dtype", ""))
-        return is_float and shape[1:] in ((vision.patch_dim,), (3, vision.patch_size, vision.patch_size))
+        return is_float and pixel_values.shape[1:] in ((vision.patch_dim,), (3, vision.patch_size, vision.patch_size))
 
-    def _packed_inputs(self, pixel_values: Any, grids: Any, num_scales: Any) -> dict[str, Tensor]:
+    def _packed_inputs(self, pixel_values: Any, grids: Any, num_scales: Any) -> ImageInputs:
         """Patches and their grids as tensors; without `num_scales`, every grid is an image of its own."""
         grids = whole_numbers("num_patches_list", grids)
         num_scales = whole_numbers("num_scales", [1] * len(grids) if num_scales is None else num_scales).reshape(-1)
@@ -374,9 +334,7 @@ class NaViLChat:
         patches = self.vision_model.check_inputs(torch.as_tensor(pixel_values), grids)
         return {"pixel_values": patches, "image_grid_thw": grids, "num_scales": num_scales}
 
-    def _images_of_questions(
-        self, questions: Sequence[str], pixel_values: Any, grids: Any, num_scales: Any
-    ) -> list[Any]:
+    def _images_of_questions(self, questions: Sequence[str], pixel_values: Any, grids: Any, num_scales: Any) -> list:
         """What `chat` would take as `pixel_values` of each question."""
         if grids is None and not isinstance(pixel_values, Mapping):
             images = [None] * len(questions) if pixel_values is None else list(pixel_values)
@@ -395,14 +353,6 @@ class NaViLChat:
         return [dict(zip(IMAGE_INPUTS, part, strict=True)) if len(part[0]) else None for part in parts]
 
 
-class Prompt(NamedTuple):
-    """A conversation whose last question has no answer yet."""
-
-    question: str  # with the placeholders of its images
-    input_ids: Tensor  # (1, L)
-    images: dict[str, Tensor]  # IMAGE_INPUTS, or nothing
-
-
 def chat_options(
     allow_control_tokens: bool = False,
     system_message: str | None = None,
@@ -413,7 +363,7 @@ def chat_options(
     IMG_END_TOKEN: str = IMAGE_END_TOKEN,
     IMG_CONTEXT_TOKEN: str = IMAGE_TOKEN,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of the chat template and of the image processor.
+    """Settings of the chat template and those given of the image processor.
 
     Args:
         allow_control_tokens: let special tokens through that are typed in the question or the history, as the released
@@ -429,59 +379,37 @@ def chat_options(
     if (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN) != (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN):
         raise ValueError(f"the image tokens are {IMAGE_START_TOKEN}, {IMAGE_END_TOKEN} and {IMAGE_TOKEN}")
     template = {"allow_control_tokens": allow_control_tokens, "system_message": system_message}
-    image_settings = {
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-        "scale_downsample_ratio": scale_downsample_ratio,
-    }
-    given = ({name: value for name, value in part.items() if value is not None} for part in (template, image_settings))
-    return tuple(given)
-
-
-def check_question(question: Any) -> None:
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"question must be a text that is not empty, got {question!r:.80}")
+    budget = {"min_pixels": min_pixels, "max_pixels": max_pixels, "scale_downsample_ratio": scale_downsample_ratio}
+    return template, {name: value for name, value in budget.items() if value is not None}
 
 
 def as_turns(history: Iterable[tuple[str, str]] | None) -> list[tuple[str, str]]:
-    """A history, in any kind of rows, as pairs of texts.
-
-    Raises:
-        ValueError: something else than pairs of texts.
-    """
+    """A history, in any kind of rows, as pairs of texts; a ValueError for anything else."""
     turns = [] if history is None else list(history)
-    turns = [turn if isinstance(turn, Mapping) else tuple(turn) for turn in turns]
     for turn in turns:
-        if isinstance(turn, Mapping) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+        if isinstance(turn, Mapping) or [isinstance(text, str) for text in turn] != [True, True]:
             raise ValueError(f"history must be (question, answer) pairs of texts, got {turn!r:.80}")
-    return turns
+    return [tuple(turn) for turn in turns]
 
 
 def whole_numbers(name: str, values: Any) -> Tensor:
-    """Grids or counts, in (nested) rows of any kind, as an int64 tensor.
-
-    Raises:
-        ValueError: numbers that are not whole, or rows of different lengths.
-    """
+    """Grids or counts, in (nested) rows of any kind, as an int64 tensor; a ValueError for other numbers."""
 
     def plain(rows: Any) -> Any:
         if hasattr(rows, "tolist"):  # arrays, and tensors on any device
             return rows.tolist()
         return [plain(row) for row in rows] if isinstance(rows, Iterable) else rows
 
-    numbers = np.asarray(plain(values))
-    if not np.array_equal(numbers, numbers.astype(np.int64)):
+    numbers = torch.tensor(plain(values), dtype=torch.float64)
+    if (numbers != numbers.long()).any():
         raise ValueError(f"{name} must be whole numbers, got {values!r:.80}")
-    return torch.from_numpy(numbers.astype(np.int64))
+    return numbers.long()
 
 
 def check_length(tokenizer: Any, prompt: str, context_length: int) -> None:
-    """Refuses a text that is far too long before all of it is tokenized, which takes seconds and gigabytes.
+    """Raises a ValueError for a text far beyond the context before all of it is tokenized, which takes gigabytes.
 
-    Counted are tokens of pieces, less those that a cut may have added to the whole text's.
-
-    Raises:
-        ValueError: more tokens than the context holds.
+    Pieces are tokenized one by one; tokens that a cut may have added are not counted.
     """
     if len(prompt) <= 4 * context_length:
         return
@@ -506,7 +434,8 @@ def ended_on_error(streamer: Any) -> Iterator[None]:
         raise
 
 
-def join_images(images: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The images of several prompts as one; nothing of none."""
+def join_images(images: Iterable[ImageInputs]) -> ImageInputs:
+    """The images of several prompts as one: those inputs that all prompts with images have."""
     images = [inputs for inputs in images if inputs]
-    return {name: torch.cat([inputs[name] for inputs in images]) for name in IMAGE_INPUTS} if images else {}
+    names = [name for name in IMAGE_INPUTS if images and all(name in inputs for inputs in images)]
+    return {name: torch.cat([inputs[name] for inputs in images]) for name in names}

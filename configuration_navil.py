@@ -116,8 +116,7 @@ class NaViLVisionConfig(_NaViLPartConfig):
             raise ValueError(
                 f"visual_token_order must be one of {VISUAL_TOKEN_ORDERS}, got {self.visual_token_order!r}"
             )
-        blocks = self.fullatt_block_indexes or []
-        outside = [block for block in blocks if not 0 <= block < self.num_hidden_layers]
+        outside = [block for block in self.fullatt_block_indexes or [] if not 0 <= block < self.num_hidden_layers]
         if outside:
             raise ValueError(f"fullatt_block_indexes {outside} lie outside the {self.num_hidden_layers} blocks")
 
@@ -134,12 +133,6 @@ class NaViLVisionConfig(_NaViLPartConfig):
     def merged_dim(self) -> int:
         """Width of a merged cell: its patches' features, concatenated."""
         return self.hidden_size * self.spatial_merge_size**2
-
-
-_EXPERT_PROJECTIONS = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-}
 
 
 class NaViLTextConfig(_NaViLPartConfig):
@@ -170,12 +163,12 @@ class NaViLTextConfig(_NaViLPartConfig):
     base_config_key = "text_config"
     rope_scaling = None  # a plain attribute: transformers 5 warns where its own property of this name is set
     base_model_tp_plan = {
-        f"layers.*.{block}.{modality}.{name}": "rowwise" if name in ("o_proj", "down_proj") else "colwise"
-        for block, names in _EXPERT_PROJECTIONS.items()
+        f"layers.*.{expert}.{modality}.{name}": "rowwise" if name in ("o_proj", "down_proj") else "colwise"
+        for expert, names in (("self_attn", "q_proj k_proj v_proj o_proj"), ("mlp", "gate_proj up_proj down_proj"))
         for modality in ("text", "visual")
-        for name in names
+        for name in names.split()
     }
-    """Tensor parallelism of every expert: heads and FFN channels are dealt out, the vision encoder is not."""
+    """Tensor parallelism of every expert: heads and FFN channels are sharded, the vision encoder is not."""
 
     def __init__(
         self,
@@ -199,8 +192,7 @@ class NaViLTextConfig(_NaViLPartConfig):
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ):
-        # The name under which transformers 5 saved the scaling.
-        rope_scaling = kwargs.pop("rope_parameters", None) or rope_scaling
+        rope_scaling = kwargs.pop("rope_parameters", None) or rope_scaling  # transformers 5's name for it
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -306,7 +298,7 @@ class NaViLConfig(PretrainedConfig):
 
     @property
     def tie_word_embeddings(self) -> bool:
-        """Whether the output head is the embedding table: the text config's setting, here under its released name."""
+        """The text config's setting, under its released name."""
         return self.text_config.tie_word_embeddings
 
     @tie_word_embeddings.setter
@@ -315,7 +307,7 @@ class NaViLConfig(PretrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding table: the text config's setting, here where generation and PEFT look for it."""
+        """The text config's setting, where generation and PEFT look for it."""
         return self.text_config.vocab_size
 
     @vocab_size.setter
@@ -338,27 +330,9 @@ class NaViLConfig(PretrainedConfig):
         return cls(vision_config=dict(_NAVIL_9B_VISION), text_config=dict(_NAVIL_9B_TEXT), **overrides)
 
 
-_NAVIL_2B_VISION = {
-    "hidden_size": 1472,
-    "intermediate_size": 5888,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 23,
-    "qkv_bias": True,
-    "visual_token_order": "window",
-}
-_NAVIL_2B_TEXT = {
-    "vocab_size": 92556,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1000000.0,
-    "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
-    "max_position_embeddings": 32768,
-}
+# The other sizes of NaViL-2B are the defaults.
+_NAVIL_2B_VISION = {"visual_token_order": "window"}
+_NAVIL_2B_TEXT = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
 _NAVIL_9B_VISION = {
     "hidden_size": 1792,
     "intermediate_size": 7168,

@@ -22,16 +22,15 @@ from .tokenization_navil import (
     expand_image_slots,
     hide_typed_placeholders,
     list_conversations,
-    show_typed_placeholders,
 )
 
 IGNORE_INDEX = -100
 
+# What `NaViLProcessor` passes on to the image processor, which rejects what it does not know, and to the tokenizer.
 IMAGE_SETTINGS = {*ImagesKwargs.__annotations__, *inspect.signature(NaViLImageProcessor.preprocess).parameters}
 IMAGE_SETTINGS -= {"self", "images", "return_tensors", "kwargs"}
 TEXT_SETTINGS = {*TextKwargs.__annotations__, "return_tensors"}
 TEXT_SETTINGS -= {"return_mm_token_type_ids", "return_text_replacement_offsets", "sanitize_control_tokens"}
-"""What `NaViLProcessor` passes on to the image processor, which refuses what it does not know, and to the tokenizer."""
 SETTING = "a setting of the image processor or the tokenizer"
 
 
@@ -123,13 +122,10 @@ class NaViLProcessor(ProcessorMixin):
             raise ValueError("NaViL takes images and text, not audio or video")
         image_settings, text_settings, others = split_settings(kwargs)
         check_keywords(others, (), SETTING)
-        if isinstance(images, list | tuple):
-            images = [[] if row is None else row for row in images]  # a prompt without images, as TRL gives it
-        _check_rows(images, texts)
-        images = [] if images is None else flatten_images(images)
+        images = _images_in_order(images, texts)
         texts, features = self._fill_slots(texts, images, image_settings, allow_control_tokens)
         return_tensors = text_settings.pop("return_tensors", None)
-        encoded = self._tokenize([show_typed_placeholders(prompt) for prompt in texts], **text_settings)
+        encoded = self._tokenize(texts, **text_settings)
         return BatchFeature({**encoded, **features}, tensor_type=return_tensors)
 
     def _fill_slots(
@@ -144,8 +140,7 @@ class NaViLProcessor(ProcessorMixin):
         return expand_image_slots(texts, grids, num_scales, merge_size, allow_control_tokens), features
 
     def _tokenize(self, texts: Sequence[str], **options: Any) -> BatchEncoding:
-        # The chat template writes <s> itself where the tokenizer does.
-        bos_token = self.tokenizer.bos_token
+        bos_token = self.tokenizer.bos_token  # the chat template writes it itself
         has_bos = bos_token is not None and all(prompt.startswith(bos_token) for prompt in texts)
         return self.tokenizer(texts, **{"add_special_tokens": not has_bos, **options})
 
@@ -164,9 +159,8 @@ class NaViLProcessor(ProcessorMixin):
         """As in transformers, images in the messages included.
 
         Args:
-            conversation: messages, or a batch of conversations. A message's content is a text or a list of
-                `{"type": "text", "text": ...}` and `{"type": "image", ...}`, with `image`, `path`, `url`, `base64` or
-                `bytes`, and `min_pixels` or `max_pixels` of that picture if they differ; or OpenAI's `image_url`.
+            conversation: messages, or a batch of conversations, as `list_conversations` reads them; an image part may
+                have `min_pixels` and `max_pixels` of its own.
             add_generation_prompt: None adds it when a user speaks last, so that the result goes into `generate`.
             allow_control_tokens: let special tokens through that are typed in a message. `<image>` in a text is text.
             processor_kwargs, kwargs: settings for `__call__`, when `tokenize`; other `kwargs` are variables of the
@@ -178,8 +172,6 @@ class NaViLProcessor(ProcessorMixin):
         """
         *_, variables = split_settings(kwargs)
         conversations = list_conversations(conversation)
-        images = [[image for message in messages for image in _images_of(message)] for messages in conversations]
-        is_batched = not isinstance(conversation[0], dict)
         if add_generation_prompt is None:
             asked = [messages[-1]["role"] == "user" for messages in conversations]
             add_generation_prompt = all(asked) and not continue_final_message
@@ -193,7 +185,8 @@ class NaViLProcessor(ProcessorMixin):
             **variables,
         )
         if not tokenize:
-            return prompts if is_batched else prompts[0]
+            return prompts[0] if isinstance(conversation[0], dict) else prompts
+        images = [_images_of(messages) for messages in conversations]
         settings = {name: value for name, value in kwargs.items() if name not in variables} | (processor_kwargs or {})
         features = self(images=images, text=prompts, allow_control_tokens=allow_control_tokens, **settings)
         return features if return_dict else features["input_ids"]
@@ -207,14 +200,11 @@ class NaViLProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Conversations to a batch that trains on their answers: the `data_collator` of a `Trainer`.
 
-        With settings it is a collator by `functools.partial(processor.training_batch, row_length=4096)`.
-
         Args:
             examples: `{"messages": ...}` each, a conversation as `apply_chat_template` takes it.
-            row_length: None gives every conversation its own row. A number packs several into a row of at most this
-                many tokens, and they do not see each other.
-            allow_control_tokens: let special tokens through that are typed in a message, to train tokens that were
-                added to the tokenizer.
+            row_length: None gives every conversation its own row. A number (set with `functools.partial`) packs several
+                into a row of at most this many tokens, and they do not attend to each other.
+            allow_control_tokens: let special tokens through that are typed in a message, as tokens added for training.
             image_settings: settings of the image processor, as in `__call__`.
 
         Returns:
@@ -224,38 +214,31 @@ class NaViLProcessor(ProcessorMixin):
             are any.
 
         Raises:
-            ValueError: an example whose messages do not end with an answer, an image in an answer, or more than
+            ValueError: no example, one whose messages do not end with an answer, an image in an answer, or more than
                 `row_length` tokens.
         """
         if not examples:
             raise ValueError("expected at least one example, got none")
         encoded = [self.encode_conversation(example, allow_control_tokens, **image_settings) for example in examples]
-        rows = [[conversation] for conversation in encoded]
-        if row_length is not None:
-            rows = fill_rows(encoded, operator.index(row_length))
+        is_packed = row_length is not None
+        rows = fill_rows(encoded, operator.index(row_length)) if is_packed else [[one] for one in encoded]
         batch = join_rows(rows, self.tokenizer.pad_token_id)
-        sample_index, position_ids = batch.pop("sample_index"), batch.pop("position_ids")
-        if row_length is None:
-            return BatchFeature({**batch, "attention_mask": (sample_index >= 0).long()})
-        attention_mask = block_diagonal_mask(sample_index)
-        return BatchFeature({**batch, "attention_mask": attention_mask, "position_ids": position_ids})
+        sample_index = batch.pop("sample_index")
+        batch["attention_mask"] = block_diagonal_mask(sample_index) if is_packed else (sample_index >= 0).long()
+        if not is_packed:
+            del batch["position_ids"]
+        return BatchFeature(batch)
 
     def encode_conversation(
         self, example: dict[str, Any], allow_control_tokens: bool = False, **image_settings: Any
     ) -> "Conversation":
-        """One example of a `training_batch`: its ids, its labels and its images' inputs; arguments as there.
-
-        Raises:
-            ValueError: an example whose messages do not end with an answer, or an image in an answer.
-        """
+        """One example of a `training_batch`: its ids, labels and images' inputs; arguments and errors as there."""
         if not isinstance(example, dict) or "messages" not in example:
             raise ValueError(f"an example is a dict with a conversation as its `messages`, got {example!r:.80}")
         [messages] = list_conversations(example["messages"])
-        images = [image for message in messages for image in _images_of(message)]
         stretches = self._split_at_answers(hide_typed_placeholders(messages), allow_control_tokens)
         settings = {**image_settings, "return_tensors": "pt"}
-        stretches, features = self._fill_slots(stretches, images, settings, allow_control_tokens)
-        stretches = [show_typed_placeholders(text) for text in stretches]
+        stretches, features = self._fill_slots(stretches, _images_of(messages), settings, allow_control_tokens)
         ends = list(accumulate(map(len, stretches)))
         answers = list(zip(ends[::2], ends[1::2], strict=True))  # prompt and answer alternate
         encoding = self._tokenize(["".join(stretches)], return_offsets_mapping=True)
@@ -270,18 +253,16 @@ class NaViLProcessor(ProcessorMixin):
         """The text of a conversation, cut where an answer begins and behind the token that ends it."""
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         is_whole = answers and answers[0] > 0 and answers[-1] == len(messages) - 1
-        if not is_whole or any(_images_of(messages[index]) for index in answers):
+        if not is_whole or _images_of([messages[index] for index in answers]):
             raise ValueError(
                 f"training needs a question first and an answer last, and no image in answers; got {messages!r:.200}"
             )
+        settings = {"allow_control_tokens": allow_control_tokens, "tokenize": False}
         stretches, written = [], ""
         for index in answers:
-            for known, is_prompt in ((messages[:index], True), (messages[: index + 1], False)):
+            for end in (index, index + 1):
                 text = self.tokenizer.apply_chat_template(
-                    known,
-                    add_generation_prompt=is_prompt,
-                    allow_control_tokens=allow_control_tokens,
-                    tokenize=False,
+                    messages[:end], add_generation_prompt=end == index, **settings
                 )
                 if not text.startswith(written):
                     raise ValueError("the chat template is not prefix-stable: a message changes the text before it")
@@ -313,18 +294,22 @@ def split_settings(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return image_settings, text_settings, others
 
 
-def _check_rows(images: Any, texts: Sequence[str]) -> None:
-    """Where images are given as one list per prompt, each prompt has a placeholder for each of its own."""
-    if isinstance(images, list | tuple) and any(isinstance(row, list | tuple) for row in images):
+def _images_in_order(images: Any, texts: Sequence[str]) -> list[Any]:
+    """All prompts' images; given as one list (or None) per prompt, they must be as many as that prompt's `<image>`."""
+    if images is None:
+        return []
+    if isinstance(images, list | tuple):
+        images = [[] if row is None else row for row in images]
         given = [len(row) if isinstance(row, list | tuple) else 1 for row in images]
         placeholders = [text.count(IMAGE_PLACEHOLDER) for text in texts]
-        if given != placeholders:
+        if given != placeholders and any(isinstance(row, list | tuple) for row in images):
             raise ValueError(f"the prompts have {placeholders} {IMAGE_PLACEHOLDER} but {given} images were given")
+    return flatten_images(images)
 
 
-def _images_of(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The image parts of a message of `list_conversations`, which the image processor takes as they are."""
-    return [part for part in content_parts(message) if part["type"] == "image"]
+def _images_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The image parts of messages of `list_conversations`, which the image processor takes as they are."""
+    return [part for message in messages for part in content_parts(message) if part["type"] == "image"]
 
 
 # -- training batches --------------------------------------------------------------------------------------------------
@@ -345,29 +330,27 @@ def fill_rows(conversations: Sequence[Conversation], row_length: int) -> list[li
         length = len(conversation.input_ids)
         if length > row_length:
             raise ValueError(f"a conversation has {length} tokens but row_length is {row_length}")
-        for row in rows:
-            if sum(len(other.input_ids) for other in row) + length <= row_length:
-                row.append(conversation)
-                break
+        with_room = [row for row in rows if sum(len(other.input_ids) for other in row) + length <= row_length]
+        if with_room:
+            with_room[0].append(conversation)
         else:
             rows.append([conversation])
     return rows
 
 
 def join_rows(rows: Sequence[Sequence[Conversation]], pad_token_id: int) -> dict[str, Tensor]:
-    """Rows of conversations to tensors, padded on the right.
+    """Rows of conversations to `input_ids`, `labels`, `position_ids` and `sample_index` (B, L), and images' inputs.
 
-    Returns:
-        `input_ids`, `labels`, `position_ids` and `sample_index` (B, L), the last -1 on padding; the images' inputs.
+    Rows are padded on the right, `sample_index` with -1.
     """
 
     def pad(parts: Sequence[Sequence[Tensor]], value: int) -> Tensor:
         return pad_sequence([torch.cat(list(row)) for row in parts], batch_first=True, padding_value=value)
 
-    lengths = [[len(conversation.input_ids) for conversation in row] for row in rows]
+    lengths = [[len(one.input_ids) for one in row] for row in rows]
     batch = {
-        "input_ids": pad([[conversation.input_ids for conversation in row] for row in rows], pad_token_id),
-        "labels": pad([[conversation.labels for conversation in row] for row in rows], IGNORE_INDEX),
+        "input_ids": pad([[one.input_ids for one in row] for row in rows], pad_token_id),
+        "labels": pad([[one.labels for one in row] for row in rows], IGNORE_INDEX),
         "position_ids": pad([[torch.arange(length) for length in row] for row in lengths], 0),
         "sample_index": pad([[torch.full((n,), i) for i, n in enumerate(row)] for row in lengths], -1),
     }
@@ -377,8 +360,7 @@ def join_rows(rows: Sequence[Sequence[Conversation]], pad_token_id: int) -> dict
 
 def block_diagonal_mask(sample_index: Tensor) -> Tensor:
     """(B, L) sample of each token -> (B, 1, L, L) bool: causal, and only inside a sample."""
-    same_sample = sample_index[:, None, :, None] == sample_index[:, None, None, :]
-    return same_sample.tril()
+    return (sample_index[:, None, :, None] == sample_index[:, None, None, :]).tril()
 
 
 NaViLProcessor.register_for_auto_class()

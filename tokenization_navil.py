@@ -9,9 +9,9 @@ import json
 import os
 import re
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from jinja2 import Environment
@@ -72,27 +72,21 @@ def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE, b
     """
     if template not in ASSISTANT_PREFIXES:
         raise ValueError(f"template must be one of {sorted(ASSISTANT_PREFIXES)}, got {template!r}")
-    image, prefix, default = (
-        json.dumps(text, ensure_ascii=False)
-        for text in (f"{IMAGE_PLACEHOLDER}\n", ASSISTANT_PREFIXES[template], system_message)
-    )
+    texts = (f"{IMAGE_PLACEHOLDER}\n", ASSISTANT_PREFIXES[template], system_message)
+    image, prefix, default = (json.dumps(text, ensure_ascii=False) for text in texts)
     generation_prefix = prefix if prefix == '""' else f'("" if enable_thinking else {prefix})'
     return (
         ("{{- bos_token -}}" if begins_with_bos else "") + "{%- macro text(content) -%}"
-        "{%- if content is string -%}{{- content -}}"
-        "{%- else -%}{%- for part in content -%}"
-        f"{{%- if part.type == 'image' -%}}{{{{- {image} -}}}}"
-        "{%- else -%}{{- part.text -}}{%- endif -%}"
-        "{%- endfor -%}{%- endif -%}"
-        "{%- endmacro -%}"
+        "{%- if content is string -%}{{- content -}}{%- else -%}"
+        f"{{%- for part in content -%}}{{%- if part.type == 'image' -%}}{{{{- {image} -}}}}"
+        "{%- else -%}{{- part.text -}}{%- endif -%}{%- endfor -%}"
+        "{%- endif -%}{%- endmacro -%}"
         "{%- if not messages or messages[0].role != 'system' -%}"
         f"{{{{- '<|im_start|>system\\n' + system_message | default({default}) + '<|im_end|>' -}}}}"
         "{%- endif -%}"
-        "{%- for message in messages -%}"
-        "{{- '<|im_start|>' + message.role + '\\n' -}}"
+        "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\\n' -}}"
         f"{{%- if message.role == 'assistant' -%}}{{{{- {prefix} -}}}}{{%- endif -%}}"
-        "{{- text(message.content) + '<|im_end|>' -}}"
-        "{%- endfor -%}"
+        "{{- text(message.content) + '<|im_end|>' -}}{%- endfor -%}"
         f"{{%- if add_generation_prompt -%}}{{{{- '<|im_start|>assistant\\n' + {generation_prefix} -}}}}{{%- endif -%}}"
     )
 
@@ -140,6 +134,9 @@ def expand_image_slots(
         merge_size: side of a merged cell, in patches.
         allow_control_tokens: let slot tokens through that are in a text already.
 
+    Returns:
+        The texts with slots, and with the `<image>` that `hide_typed_placeholders` hid.
+
     Raises:
         ValueError: the numbers of placeholders and images differ, scales do not add up, or a slot token is in a text.
     """
@@ -155,10 +152,11 @@ def expand_image_slots(
         )
     scale = iter(grids)
     slots = iter([image_slot([next(scale) for _ in range(count)], merge_size) for count in num_scales])
-    return [re.sub(re.escape(IMAGE_PLACEHOLDER), lambda _: next(slots), text) for text in texts]
+    filled = [re.sub(re.escape(IMAGE_PLACEHOLDER), lambda _: next(slots), text) for text in texts]
+    return [text.replace(_TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER) for text in filled]
 
 
-# What stands for an `<image>` that is typed in a message while the slots are filled: no text that can be tokenized.
+# Stands for an `<image>` that is typed in a message until the slots are filled: no text that can be tokenized.
 _TYPED_PLACEHOLDER = "<image\udfff>"
 
 
@@ -171,16 +169,6 @@ def hide_typed_placeholders(messages: Sequence[dict[str, Any]]) -> list[dict[str
         return [{**part, "text": hide(part["text"])} if part["type"] == "text" else part for part in content]
 
     return [{**message, "content": hide(message["content"])} for message in messages]
-
-
-def show_typed_placeholders(text: str) -> str:
-    """Undoes `hide_typed_placeholders` in a prompt."""
-    return text.replace(_TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER)
-
-
-def put_images_in_front(question: str, num_images: int) -> str:
-    """The question with one `<image>` line per image in front, unless it says itself where images go."""
-    return question if IMAGE_PLACEHOLDER in question else f"{IMAGE_PLACEHOLDER}\n" * num_images + question
 
 
 def reject_tokens(text: str, tokens: Sequence[str]) -> None:
@@ -224,13 +212,8 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         if isinstance(kwargs.get("extra_special_tokens"), list):  # as transformers 5 saves them and 4 cannot read them
             kwargs["additional_special_tokens"] = kwargs.pop("extra_special_tokens")
-        super().__init__(
-            *args,
-            template=template,
-            system_message=system_message,
-            spaces_between_special_tokens=spaces_between_special_tokens,
-            **kwargs,
-        )
+        kwargs |= {"template": template, "system_message": system_message}
+        super().__init__(*args, spaces_between_special_tokens=spaces_between_special_tokens, **kwargs)
         self._drop_call_settings()
         self.system_message = system_message
         self.spaces_between_special_tokens = spaces_between_special_tokens
@@ -269,8 +252,8 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         for name in _CALL_SETTINGS:
             self.init_kwargs.pop(name, None)
 
-    # Every use of the Rust tokenizer that changes its settings or leaves Python's lock goes through one of these. In
-    # transformers 4 all encoding ends in `_batch_encode_plus`, in 5 in `_encode_plus`.
+    # Every use of the Rust tokenizer that changes its settings or releases the GIL goes through one of these methods.
+    # All encoding ends in `_batch_encode_plus` in transformers 4 and in `_encode_plus` in 5.
 
     def _batch_encode_plus(self, batch_text_or_text_pairs: Any, *args: Any, **kwargs: Any) -> Any:
         check_encodable(batch_text_or_text_pairs)
@@ -318,49 +301,37 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
                 continue that is blank or cannot be told from the end of its turn.
         """
         conversations = list_conversations(conversation)
-        texts = [text for messages in conversations for message in messages for text in _message_texts(message)]
         if not allow_control_tokens:
             reserved = self._reserved_tokens()
-            for text in texts:
-                reject_tokens(text, reserved)
+            for message in chain.from_iterable(conversations):
+                parts = content_parts(message)
+                reject_tokens("".join(part["text"] if part["type"] == "text" else "\n" for part in parts), reserved)
         if continue_final_message:
             for messages in conversations:
                 _check_continuable(messages[-1])
+        variables = {name: value for name, value in kwargs.items() if name not in _KEYWORDS}
+        variables |= {"tools": tools, "documents": documents, "system_message": system_message}
+        if system_message is None:
+            system_message = self.system_message
         with _RUST_TOKENIZER:
-            variables = {name: value for name, value in kwargs.items() if name not in _KEYWORDS}
-            variables |= {"tools": tools, "documents": documents, "system_message": system_message}
             known = template_names(self.get_chat_template(chat_template, tools))
             check_keywords(variables, known, "a setting, nor a variable of the chat template")
-            return super().apply_chat_template(
-                conversations if _is_list(conversation[0]) else conversations[0],
-                tools,
-                documents,
-                chat_template,
-                *args,
-                system_message=self.system_message if system_message is None else system_message,
-                continue_final_message=continue_final_message,
-                **kwargs,
-            )
+            conversation = conversations if _is_list(conversation[0]) else conversations[0]
+            kwargs |= {"system_message": system_message, "continue_final_message": continue_final_message}
+            return super().apply_chat_template(conversation, tools, documents, chat_template, *args, **kwargs)
 
     def _reserved_tokens(self) -> list[str]:
         """Every special token of the vocabulary but the marks of a grounded answer."""
-        marks = set(IMAGE_TOKENS) - set(SLOT_TOKENS)
         special = {token.content for token in self.added_tokens_decoder.values() if token.special}
-        return sorted({*CONTROL_TOKENS, *special, *self.all_special_tokens} - marks)
+        special |= {*CONTROL_TOKENS, *self.all_special_tokens}
+        return sorted(special - (set(IMAGE_TOKENS) - set(SLOT_TOKENS)))
 
-    def _decode(
-        self,
-        token_ids: int | list[int],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-        spaces_between_special_tokens: bool | None = None,
-        **kwargs: Any,
-    ) -> str:
-        if spaces_between_special_tokens is None:
-            spaces_between_special_tokens = self.spaces_between_special_tokens
-        kwargs["clean_up_tokenization_spaces"] = clean_up_tokenization_spaces
+    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
+        is_spaced = kwargs.pop("spaces_between_special_tokens", None)
+        if is_spaced is None:
+            is_spaced = self.spaces_between_special_tokens
         with _RUST_TOKENIZER:
-            if skip_special_tokens or not spaces_between_special_tokens:
+            if skip_special_tokens or not is_spaced:
                 return super()._decode(token_ids, skip_special_tokens, **kwargs)
             # The document marks (<s>, </s>, <unk>) take a blank in front, all other special tokens one on either side.
             marks = {self.bos_token_id, self.eos_token_id, self.unk_token_id}
@@ -399,8 +370,8 @@ def list_conversations(conversation: Any) -> list[list[dict[str, Any]]]:
     """A conversation, or a batch of them, as a list of conversations in one form, which every chat template can read.
 
     A message's content is a text or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", ...}` with
-    what the image processor takes, or OpenAI's `{"type": "image_url", "image_url": ...}`, which becomes an image part.
-    Keys that are None, as Arrow fills them in, are dropped.
+    `image`, `path`, `url`, `base64` or `bytes`, or OpenAI's `{"type": "image_url", "image_url": ...}`, which becomes an
+    image part. Keys that are None, as Arrow fills them in, are dropped.
 
     Raises:
         ValueError: no message, an unknown role, something else than messages, or content of another kind.
@@ -413,29 +384,27 @@ def list_conversations(conversation: Any) -> list[list[dict[str, Any]]]:
 
 
 def _read_message(message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise ValueError(f"a message must be a dict of role and content, got {message!r:.80}")
-    message = _given(message)
-    if message.get("role") not in ROLES:
-        raise ValueError(f"a message's role must be one of {ROLES}, got {message.get('role')!r:.80}")
-    content = message.get("content")
+    given = _given(message)
+    if given.get("role") not in ROLES:
+        raise ValueError(f"a message is a dict whose role must be one of {ROLES}, got {message!r:.80}")
+    content = given.get("content")
     if isinstance(content, str):
-        return message
-    return {**message, "content": [_read_part(part) for part in (content if _is_list(content) else [content])]}
+        return given
+    return {**given, "content": [_read_part(part) for part in (content if _is_list(content) else [content])]}
 
 
 def _read_part(part: Any) -> dict[str, Any]:
-    read = _given(part) if isinstance(part, dict) else {}
-    kind = read.get("type")
-    if kind == "text" and isinstance(read.get("text"), str):
-        return read
+    given = _given(part)
+    kind = given.get("type")
+    if kind == "text" and isinstance(given.get("text"), str):
+        return given
     if kind not in ("image", "image_url"):
         raise ValueError(f"content is a text or a list of text and image parts; got {part!r:.80}")
-    return {**read, "type": "image"}
+    return {**given, "type": "image"}
 
 
-def _given(entries: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entries.items() if value is not None}
+def _given(entries: Any) -> dict[str, Any]:
+    return {key: value for key, value in entries.items() if value is not None} if isinstance(entries, dict) else {}
 
 
 def _is_list(value: Any) -> bool:
@@ -448,21 +417,11 @@ def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _message_texts(message: dict[str, Any]) -> Iterator[str]:
-    """A message's texts; those that follow one another are one, as in the prompt."""
-    for kind, parts in groupby(content_parts(message), lambda part: part["type"]):
-        if kind == "text":
-            yield "".join(part["text"] for part in parts)
-
-
 def _check_continuable(message: dict[str, Any]) -> None:
     """transformers finds where to stop by searching the prompt for the message's last text."""
-    texts = [part["text"] for part in content_parts(message) if part["type"] == "text"]
-    text = texts[-1] if texts else ""
+    *_, text = ["", *(part["text"] for part in content_parts(message) if part["type"] == "text")]
     if (text.lstrip() + END_OF_TURN).rindex(text.strip()):
-        raise ValueError(
-            f"a message with the text {text!r:.80} cannot be continued: it is blank or part of {END_OF_TURN}"
-        )
+        raise ValueError(f"a message cannot be continued if its text is blank or part of {END_OF_TURN}: {text!r:.80}")
 
 
 NaViLTokenizer.register_for_auto_class()
