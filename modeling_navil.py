@@ -1246,6 +1246,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, visual_token_mask: Tensor | None = None, **kwargs
     ) -> dict[str, Any]:
+        kwargs.pop("tokenizer", None)  # of stop strings, which transformers 4.57 and later pass on to the model
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if "cache" in inputs:  # PEFT, which puts virtual tokens in front, looks for it by its older name
             inputs["past_key_values"] = inputs.pop("cache")
