@@ -387,7 +387,7 @@ def as_turns(history: Iterable[tuple[str, str]] | None) -> list[tuple[str, str]]
     """A history, in any kind of rows, as pairs of texts; a ValueError for anything else."""
     turns = [] if history is None else list(history)
     for turn in turns:
-        if isinstance(turn, Mapping) or [isinstance(text, str) for text in turn] != [True, True]:
+        if isinstance(turn, str | Mapping) or [isinstance(text, str) for text in turn] != [True, True]:
             raise ValueError(f"history must be (question, answer) pairs of texts, got {turn!r:.80}")
     return [tuple(turn) for turn in turns]
 

@@ -397,6 +397,7 @@ def test_refusals(recording, chat, tmp_path):
         ("1 numbers per patch, expected 768", dict(pixel_values=patches[0], num_patches_list=grids)),
         ("history must be (question, answer) pairs", dict(history=[{"role": "user", "content": "a"}])),
         ("history must be (question, answer) pairs", dict(history=[("a", None)])),
+        ("history must be (question, answer) pairs", dict(history=["ab"])),
         ("contains </s>" if recording.tokenizer.bos_token else "contains <|endoftext|>", dict(question=special)),
         ("anyres_image_size must be True", dict(anyres_image_size=False)),
     ]
