@@ -337,10 +337,12 @@ class NaViLChat:
     def _images_of_questions(self, questions: Sequence[str], pixel_values: Any, grids: Any, num_scales: Any) -> list:
         """What `chat` would take as `pixel_values` of each question."""
         if grids is None and not isinstance(pixel_values, Mapping):
-            images = [None] * len(questions) if pixel_values is None else list(pixel_values)
-            if len(images) != len(questions):
-                raise ValueError(f"expected images for each of {len(questions)} questions, got {len(images)}")
-            return images
+            images = [None] * len(questions) if pixel_values is None else pixel_values
+            if not isinstance(images, list | tuple) or len(images) != len(questions):
+                raise ValueError(
+                    f"expected a list with images for each of {len(questions)} questions, got {images!r:.80}"
+                )
+            return list(images)
         packed = self._image_inputs(pixel_values, grids, num_scales)
         counts = [question.count(IMAGE_PLACEHOLDER) for question in questions]
         counts = counts if any(counts) else [1] * len(questions)
@@ -362,6 +364,7 @@ def chat_options(
     IMG_START_TOKEN: str = IMAGE_START_TOKEN,
     IMG_END_TOKEN: str = IMAGE_END_TOKEN,
     IMG_CONTEXT_TOKEN: str = IMAGE_TOKEN,
+    **unknown: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of the chat template and those given of the image processor.
 
@@ -375,7 +378,10 @@ def chat_options(
 
     Raises:
         ValueError: other image tokens than the released ones.
+        TypeError: an unknown option.
     """
+    if unknown:
+        raise TypeError(f"unknown option {', '.join(unknown)}; settings of `generate` go into generation_config")
     if (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN) != (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN):
         raise ValueError(f"the image tokens are {IMAGE_START_TOKEN}, {IMAGE_END_TOKEN} and {IMAGE_TOKEN}")
     template = {"allow_control_tokens": allow_control_tokens, "system_message": system_message}

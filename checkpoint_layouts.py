@@ -48,7 +48,9 @@ def require(config: dict[str, Any], name: str, allowed: Sequence[Any], default: 
     need(config)
     value = default if config.get(name) is None else config[name]
     if value not in allowed:
-        raise ValueError(f"cannot convert a checkpoint with {name}={value!r}; it must be one of {list(allowed)}")
+        raise ValueError(
+            f"a checkpoint with {name}={value!r} cannot be read or written here; {name} must be one of {list(allowed)}"
+        )
 
 
 def convert_vision_config(source: dict[str, Any], downsample_ratio: float) -> Any:

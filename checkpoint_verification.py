@@ -50,7 +50,7 @@ class Finding:
     is_ok: bool = True
 
     def __str__(self) -> str:
-        return f"{self.check:<24}{'ok' if self.is_ok else 'FAILED':<8}{self.result}"
+        return f"{self.check:<26}{'ok' if self.is_ok else 'FAILED':<8}{self.result}"
 
 
 def verify(

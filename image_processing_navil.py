@@ -433,7 +433,8 @@ class NaViLImageProcessor(BaseImageProcessor):
     ) -> BatchFeature:
         """Packs one image or a (nested) list of images, in any form of `load_image`; each has the full pixel budget.
 
-        Args default to the processor's own settings. `return_tensors` is `"pt"`, `"np"` or None (NumPy arrays).
+        Args default to the processor's own settings; a `max_pixels` below its `min_pixels` lowers that, and vice versa.
+            `return_tensors` is `"pt"`, `"np"` or None (NumPy arrays).
             images: `min_pixels` and `max_pixels` in an image's dict replace those of the call for this image.
             input_data_format: `channels_first` or `channels_last` of arrays; None finds out.
             context_length, num_text_tokens: refuse images whose slots and this many tokens of text exceed the
@@ -452,12 +453,13 @@ class NaViLImageProcessor(BaseImageProcessor):
                 outside their range, or an unknown keyword.
         """
         check_switches(kwargs, CALL_SETTINGS)
-        given = {"min_pixels": min_pixels, "max_pixels": max_pixels, "scale_downsample_ratio": scale_downsample_ratio}
-        settings = {name: getattr(self, name) if value is None else value for name, value in given.items()}
+        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        given = {name: value for name, value in given.items() if value is not None}
+        tau = self.scale_downsample_ratio if scale_downsample_ratio is None else scale_downsample_ratio
         sources = [image_source(image) for image in flatten_images(images)]
         if not sources:
             raise ValueError("expected at least one image, got none")
-        budgets = [scale_settings(**settings | own) for _, own in sources]
+        budgets = [scale_settings(*self._budget(**given | own), tau) for _, own in sources]
         tau = budgets[0][-1] if (self.multi_scale if multi_scale is None else multi_scale) else None
 
         planned, packed, grids, num_scales = [], [], [], []
@@ -482,6 +484,14 @@ class NaViLImageProcessor(BaseImageProcessor):
         pixel_values = packed[0] if len(packed) == 1 else np.concatenate(packed)
         counts = {"image_grid_thw": np.array(grids, np.int64), "num_scales": np.array(num_scales, np.int64)}
         return BatchFeature({"pixel_values": pixel_values, **counts}, tensor_type=return_tensors)
+
+    def _budget(self, min_pixels: Any = None, max_pixels: Any = None) -> tuple[Any, Any]:
+        """Both ends of a budget of which one may be given: the default of the other end gives way to it."""
+        if min_pixels is None:
+            min_pixels = self.min_pixels if max_pixels is None else min(self.min_pixels, number(max_pixels))
+        if max_pixels is None:
+            max_pixels = max(self.max_pixels, number(min_pixels))
+        return min_pixels, max_pixels
 
     def _pack_scales(
         self, image: Image.Image, sizes: Sequence[tuple[int, int]], pool: ThreadPoolExecutor

@@ -234,7 +234,10 @@ class NaViLProcessor(ProcessorMixin):
     ) -> "Conversation":
         """One example of a `training_batch`: its ids, labels and images' inputs; arguments and errors as there."""
         if not isinstance(example, dict) or "messages" not in example:
-            raise ValueError(f"an example is a dict with a conversation as its `messages`, got {example!r:.80}")
+            raise ValueError(
+                f"an example is a dict with a conversation as its `messages`, got {example!r:.80}; "
+                "Trainer drops them unless its remove_unused_columns is False"
+            )
         [messages] = list_conversations(example["messages"])
         stretches = self._split_at_answers(hide_typed_placeholders(messages), allow_control_tokens)
         settings = {**image_settings, "return_tensors": "pt"}

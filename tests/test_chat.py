@@ -280,7 +280,7 @@ def test_batch_chat_equals_one_by_one(recording, chat):
     one_each = model.batch_chat(tokenizer, packed["pixel_values"], asked, SHORT, **inputs)
     assert one_each == [chat(image) for image in (first, second, third)]
     for arguments, message in (
-        (([first], asked), "expected images for each of 3 questions, got 1"),
+        (([first], asked), "expected a list with images for each of 3 questions, got"),
         ((packed, asked[:2]), "2 questions take 2 of 3 images"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -407,3 +407,17 @@ def test_a_model_is_pickled_in_either_order_of_loading_and_no_warning_is_printed
     )
     assert run.returncode == 0, run.stderr
     assert "use_fast" not in run.stdout + run.stderr
+
+
+def test_a_given_end_of_the_budget_moves_the_default_of_the_other():
+    image = recorded_image(300, 200, 0)
+    processor = NaViLImageProcessor(min_pixels=16384, max_pixels=32768)
+    for given, whole in (
+        ({"max_pixels": 4096}, {"min_pixels": 4096, "max_pixels": 4096}),
+        ({"min_pixels": 65536}, {"min_pixels": 65536, "max_pixels": 65536}),
+    ):
+        expected = processor(image, **whole)["image_grid_thw"].tolist()
+        assert processor(image, **given)["image_grid_thw"].tolist() == expected
+        assert processor({"image": image, **given})["image_grid_thw"].tolist() == expected
+    with pytest.raises(ValueError, match="need 0 < min_pixels <= max_pixels, got 5000 and 4096"):
+        processor(image, min_pixels=5000, max_pixels=4096)
