@@ -321,7 +321,7 @@ def test_an_image_may_have_its_own_budget():
         both["pixel_values"], np.concatenate([features["pixel_values"] for features in (large, small, large)])
     )
     with pytest.raises(ValueError, match="got 4096 and 100"):
-        processor({"image": image, "max_pixels": 100})
+        processor({"image": image, "min_pixels": 4096, "max_pixels": 100})
 
 
 class Pictures(BaseHTTPRequestHandler):
