@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .image_processing_navil import flatten_images
 from .tokenization_navil import (
@@ -21,7 +22,11 @@ from .tokenization_navil import (
     IMAGE_START_TOKEN,
     IMAGE_TOKEN,
     expand_image_slots,
+    hide_placeholders,
 )
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""How transformers calls the cache: another name since 5.24."""
 
 MAX_NEW_TOKENS = 1024
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "num_scales")
@@ -34,6 +39,10 @@ ONE_SEQUENCE |= {"cache_implementation": None, "past_key_values": None}
 
 GenerationSettings = dict[str, Any] | GenerationConfig | None
 ImageInputs = dict[str, Tensor]  # IMAGE_INPUTS, or nothing
+
+
+class DefaultLength(int):
+    """transformers 4's default of `max_length`: counts, unless a longer prompt shows that nobody chose it."""
 
 
 class NaViLChatSession:
@@ -89,7 +98,7 @@ class NaViLChatSession:
             )
             cache, num_cached = self._cut_to_prefix_of(input_ids)
             self._forget()  # a turn that fails leaves no cache that is half written
-            settings = model._chat_settings(tokenizer, self.generation_config, streamer) | {"past_key_values": cache}
+            settings = model._chat_settings(tokenizer, self.generation_config, streamer) | {CACHE: cache}
             output_ids, [answer] = model._answer(tokenizer, [input_ids], images | settings)
         self._cache, self._cached_ids = cache, output_ids[0, : cache.get_seq_length()]
         self.num_prefilled = input_ids.shape[1] - num_cached
@@ -158,8 +167,7 @@ class NaViLChat:
             TypeError: an unknown option.
         """
         with ended_on_error(streamer):
-            if not anyres_image_size:
-                raise ValueError("anyres_image_size must be True: NaViL sees images at their own resolution only")
+            options["anyres_image_size"] = anyres_image_size
             history = as_turns(history)
             packed = {"grids": num_patches_list, "num_scales": num_scales}
             question, input_ids, images = self._prepare(tokenizer, options, question, pixel_values, history, **packed)
@@ -177,6 +185,10 @@ class NaViLChat:
         generation_config: GenerationSettings = None,
         num_patches_list: Any = None,
         num_scales: Any = None,
+        history: None = None,
+        return_history: bool = False,
+        verbose: bool = False,
+        image_counts: Sequence[int] | None = None,
         **options: Any,
     ) -> list[str]:
         """Answers several questions in one batch, each as `chat` does.
@@ -184,18 +196,27 @@ class NaViLChat:
         Args:
             pixel_values: None, or a list with an entry for each question, in a form that `chat` takes. Images that are
                 packed already (the image processor's output, or patches with `num_patches_list`) belong to the
-                questions by their `<image>`; without any, each question has one.
+                questions by `image_counts`, else by their `<image>`; without any, each question has one.
+            history, return_history: as in InternVL, None and False: a batch has first questions alone.
             options: see `chat_options`.
 
         Raises:
             ValueError: as `chat` does, or images that are not those of the questions.
         """
-        images = self._images_of_questions(questions, pixel_values, num_patches_list, num_scales)
+        if history is not None or return_history:
+            raise ValueError("batch_chat answers first questions: history must be None and return_history False")
+        questions = list(questions)
+        if not questions:
+            return []
+        images = self._images_of_questions(questions, pixel_values, num_patches_list, num_scales, image_counts)
         pairs = zip(questions, images, strict=True)
         prepared = [self._prepare(tokenizer, options, question, own_images) for question, own_images in pairs]
-        _, prompts, images = zip(*prepared, strict=True)
+        asked, prompts, images = zip(*prepared, strict=True)
         settings = self._chat_settings(tokenizer, generation_config, None)
-        return self._answer(tokenizer, prompts, join_images(images) | settings)[1]
+        _, answers = self._answer(tokenizer, prompts, join_images(images) | settings)
+        if verbose:
+            sys.stdout.writelines(f"{question}\n{answer}\n" for question, answer in zip(asked, answers, strict=True))
+        return answers
 
     def chat_session(
         self, tokenizer: Any, generation_config: GenerationSettings = None, **options: Any
@@ -244,11 +265,11 @@ class NaViLChat:
         input_ids = pad([ids[0] for ids in prompts], padding_value=tokenizer.pad_token_id or 0)
         attention_mask = pad([torch.ones_like(ids[0]) for ids in prompts])
         length = input_ids.shape[1]
-        max_length = options.get("max_length")
-        if max_length is not None and max_length == GenerationConfig().max_length and max_length <= length:
-            # transformers 4's default, which leaves no room for an answer: not the caller's choice
+        if isinstance(options.get("max_length"), DefaultLength) and options["max_length"] <= length:
             options = {**options, "max_length": None, "max_new_tokens": MAX_NEW_TOKENS}
         output_ids = self.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+        if len(output_ids) != len(input_ids):
+            raise ValueError("a question has one answer here: num_return_sequences must be 1")
         answers = tokenizer.batch_decode(output_ids[:, length:], skip_special_tokens=True)
         return output_ids, [answer.strip() for answer in answers]
 
@@ -256,6 +277,8 @@ class NaViLChat:
         """Arguments of `generate`: chat's defaults, the caller's settings, and what chat itself relies on."""
         if isinstance(generation_config, GenerationConfig):
             max_length = generation_config.max_length if generation_config.max_new_tokens is None else None
+            if max_length is not None and max_length == GenerationConfig().max_length:
+                max_length = DefaultLength(max_length)
             generation_config = {**generation_config.to_diff_dict(), "max_length": max_length}
         settings = {
             "do_sample": False,
@@ -334,7 +357,9 @@ class NaViLChat:
         patches = self.vision_model.check_inputs(torch.as_tensor(pixel_values), grids)
         return {"pixel_values": patches, "image_grid_thw": grids, "num_scales": num_scales}
 
-    def _images_of_questions(self, questions: Sequence[str], pixel_values: Any, grids: Any, num_scales: Any) -> list:
+    def _images_of_questions(
+        self, questions: list[str], pixel_values: Any, grids: Any, num_scales: Any, image_counts: Sequence[int] | None
+    ) -> list:
         """What `chat` would take as `pixel_values` of each question."""
         if grids is None and not isinstance(pixel_values, Mapping):
             images = [None] * len(questions) if pixel_values is None else pixel_values
@@ -346,6 +371,7 @@ class NaViLChat:
         packed = self._image_inputs(pixel_values, grids, num_scales)
         counts = [question.count(IMAGE_PLACEHOLDER) for question in questions]
         counts = counts if any(counts) else [1] * len(questions)
+        counts = counts if image_counts is None else whole_numbers("image_counts", image_counts).tolist()
         if sum(counts) != len(packed["num_scales"]):
             raise ValueError(f"{len(questions)} questions take {sum(counts)} of {len(packed['num_scales'])} images")
         num_scales = packed["num_scales"].split(counts)
@@ -364,6 +390,7 @@ def chat_options(
     IMG_START_TOKEN: str = IMAGE_START_TOKEN,
     IMG_END_TOKEN: str = IMAGE_END_TOKEN,
     IMG_CONTEXT_TOKEN: str = IMAGE_TOKEN,
+    anyres_image_size: bool = True,
     **unknown: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of the chat template and those given of the image processor.
@@ -375,16 +402,19 @@ def chat_options(
         min_pixels, max_pixels: budget of an image at its smallest and largest scale, in pixels.
         scale_downsample_ratio: side ratio of consecutive scales.
         IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: the released names of the image tokens.
+        anyres_image_size: always True, the only mode that NaViL has.
 
     Raises:
-        ValueError: other image tokens than the released ones.
+        ValueError: other image tokens or another mode than the released ones.
         TypeError: an unknown option.
     """
     if unknown:
         raise TypeError(f"unknown option {', '.join(unknown)}; settings of `generate` go into generation_config")
+    if not anyres_image_size:
+        raise ValueError("anyres_image_size must be True: NaViL sees images at their own resolution only")
     if (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN) != (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN):
         raise ValueError(f"the image tokens are {IMAGE_START_TOKEN}, {IMAGE_END_TOKEN} and {IMAGE_TOKEN}")
-    template = {"allow_control_tokens": allow_control_tokens, "system_message": system_message}
+    template = {"allow_control_tokens": allow_control_tokens, "system_message": hide_placeholders(system_message)}
     budget = {"min_pixels": min_pixels, "max_pixels": max_pixels, "scale_downsample_ratio": scale_downsample_ratio}
     return template, {name: value for name, value in budget.items() if value is not None}
 
@@ -404,7 +434,7 @@ def whole_numbers(name: str, values: Any) -> Tensor:
     def plain(rows: Any) -> Any:
         if hasattr(rows, "tolist"):  # arrays, and tensors on any device
             return rows.tolist()
-        return [plain(row) for row in rows] if isinstance(rows, Iterable) else rows
+        return [plain(row) for row in rows] if isinstance(rows, Iterable) and not isinstance(rows, str) else rows
 
     numbers = torch.tensor(plain(values), dtype=torch.float64)
     if (numbers != numbers.long()).any():

@@ -40,6 +40,10 @@ from checkpoint_plans import Conversion, copy_code, plan_from_llm, plan_official
 from checkpoint_tokenizers import check_ids
 from navil_modules import CODE_FILES, ROOT, image_processing, modeling, tokenization
 
+SETTINGS_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
+SETTINGS_FILES += ("tokenizer.json", "tokenizer_config.json")
+"""What every saved model has beside its weights and code; a default would take the place of one that is missing."""
+
 
 @dataclass
 class Finding:
@@ -102,6 +106,8 @@ def check_files(folder: Path, checksums: dict[str, str]) -> Iterator[Finding]:
     changed = [name for name, digest in checksums.items() if digest != sha256(folder / name)]
     result = f"{len(checksums)} files are as {CHECKSUMS_NAME} says" if checksums else f"none, without {CHECKSUMS_NAME}"
     yield finding("checksums", result, **{"missing or changed": changed})
+    lacking = [name for name in SETTINGS_FILES if not (folder / name).exists()]
+    yield finding("files", "every file of settings", missing=lacking)
     place = code_folder(folder)
     odd = [name for name in CODE_FILES if sha256(place / name) != sha256(ROOT / name)]
     odd += [name for path in folder.glob("*.json") for name in code_named_by(path) if name not in CODE_FILES]

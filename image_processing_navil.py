@@ -107,13 +107,17 @@ def image_source(image: Any) -> tuple[Any, dict[str, Any]]:
     """
     own_budget: dict[str, Any] = {}
     while isinstance(image, Mapping):
-        part = {name: value for name, value in image.items() if value is not None}
+        part = {name: value for name, value in image.items() if not _is_empty(value)}
         found = [part[name] for name in IMAGE_KEYS if name in part]
         if not found:
             raise ValueError(f"an image part needs one of {', '.join(IMAGE_KEYS)}; got {image!r:.80}")
         own_budget = {name: part[name] for name in ("min_pixels", "max_pixels") if name in part} | own_budget
         image = found[0]
     return image, own_budget
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or isinstance(value, Mapping) and all(map(_is_empty, value.values()))
 
 
 def load_image(image: Any, input_data_format: str | None = None) -> Image.Image:
@@ -143,7 +147,7 @@ def load_sized_image(
     A JPEG file far above `max_pixels` is decoded at a half, a quarter or an eighth of its size.
     """
     image, _ = image_source(image)
-    if hasattr(image, "__array__") and not isinstance(image, Image.Image):
+    if hasattr(image, "__array__") and not isinstance(image, Image.Image | str):
         image = _image_from_array(image, input_data_format)
     image = os.fspath(image) if isinstance(image, os.PathLike) else image
     try:
@@ -165,6 +169,8 @@ def _open_file(source: Any) -> Image.Image:
         return Image.open(source)
     if not isinstance(source, str):
         raise TypeError(f"expected an image, path, URL, text, bytes, open file or array, got {type(source).__name__}")
+    if source[:7].lower() == "file://" and os.path.exists(source[7:]):
+        return Image.open(source[7:])  # a path that is not percent-encoded
     if source[:8].lower().startswith(URL_SCHEMES):
         request = Request(quote(source, safe=string.punctuation), headers={"User-Agent": "navil"})
         with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:

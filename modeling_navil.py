@@ -40,7 +40,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple, is_flas
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 # transformers copies the modules that this one imports itself, and not what they import: all of them are named here.
-from .chat_navil import NaViLChat
+from .chat_navil import CACHE, NaViLChat
 from .configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 from .image_processing_navil import (
     NaViLImageProcessor,
@@ -61,9 +61,6 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
-
-CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""How outputs call the cache: another name since transformers 5.24."""
 
 IGNORE_INDEX = -100
 

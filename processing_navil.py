@@ -1,7 +1,6 @@
 """Processor of NaViL: images and prompts, or chat messages, to inputs for `model.generate(**inputs)`."""
 
 import inspect
-import operator
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -14,12 +13,13 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import BatchEncoding
 
-from .image_processing_navil import NaViLImageProcessor, flatten_images
+from .image_processing_navil import NaViLImageProcessor, flatten_images, whole_number
 from .tokenization_navil import (
     IMAGE_PLACEHOLDER,
     check_keywords,
     content_parts,
     expand_image_slots,
+    hide_placeholders,
     hide_typed_placeholders,
     list_conversations,
 )
@@ -171,6 +171,8 @@ class NaViLProcessor(ProcessorMixin):
                 keyword that neither the processor nor the template knows.
         """
         *_, variables = split_settings(kwargs)
+        if tokenize and "system_message" in variables:
+            kwargs["system_message"] = variables["system_message"] = hide_placeholders(variables["system_message"])
         conversations = list_conversations(conversation)
         if add_generation_prompt is None:
             asked = [messages[-1]["role"] == "user" for messages in conversations]
@@ -221,7 +223,7 @@ class NaViLProcessor(ProcessorMixin):
             raise ValueError("expected at least one example, got none")
         encoded = [self.encode_conversation(example, allow_control_tokens, **image_settings) for example in examples]
         is_packed = row_length is not None
-        rows = fill_rows(encoded, operator.index(row_length)) if is_packed else [[one] for one in encoded]
+        rows = fill_rows(encoded, whole_number(row_length, "row_length")) if is_packed else [[one] for one in encoded]
         batch = join_rows(rows, self.tokenizer.pad_token_id)
         sample_index = batch.pop("sample_index")
         batch["attention_mask"] = block_diagonal_mask(sample_index) if is_packed else (sample_index >= 0).long()

@@ -160,15 +160,16 @@ def expand_image_slots(
 _TYPED_PLACEHOLDER = "<image\udfff>"
 
 
+def hide_placeholders(content: Any) -> Any:
+    """A text, or parts of `list_conversations`, with every `<image>` in a text hidden from `expand_image_slots`."""
+    if content is None or isinstance(content, str):
+        return content and content.replace(IMAGE_PLACEHOLDER, _TYPED_PLACEHOLDER)
+    return [{**part, "text": hide_placeholders(part["text"])} if "text" in part else part for part in content]
+
+
 def hide_typed_placeholders(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages of `list_conversations`, with every `<image>` in a text hidden from `expand_image_slots`."""
-
-    def hide(content: Any) -> Any:
-        if isinstance(content, str):
-            return content.replace(IMAGE_PLACEHOLDER, _TYPED_PLACEHOLDER)
-        return [{**part, "text": hide(part["text"])} if part["type"] == "text" else part for part in content]
-
-    return [{**message, "content": hide(message["content"])} for message in messages]
+    """As `hide_placeholders`, in messages of `list_conversations`."""
+    return [{**message, "content": hide_placeholders(message["content"])} for message in messages]
 
 
 def reject_tokens(text: str, tokens: Sequence[str]) -> None:
@@ -204,10 +205,11 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         self,
         *args: Any,
         template: str = "internlm2-chat",
-        system_message: str = DEFAULT_SYSTEM_MESSAGE,
+        system_message: str | None = None,
         spaces_between_special_tokens: bool = False,
         **kwargs: Any,
     ):
+        system_message = DEFAULT_SYSTEM_MESSAGE if system_message is None else system_message
         kwargs.setdefault("padding_side", "left")
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         if isinstance(kwargs.get("extra_special_tokens"), list):  # as transformers 5 saves them and 4 cannot read them
@@ -303,6 +305,7 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         conversations = list_conversations(conversation)
         if not allow_control_tokens:
             reserved = self._reserved_tokens()
+            reject_tokens(system_message or "", reserved)
             for message in chain.from_iterable(conversations):
                 parts = content_parts(message)
                 reject_tokens("".join(part["text"] if part["type"] == "text" else "\n" for part in parts), reserved)
@@ -347,12 +350,17 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         return text
 
 
+_VARIABLES = ("tools", "documents", "enable_thinking", "system_message")
 _KEYWORDS = inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
 
 
 def check_keywords(keywords: dict[str, Any], known: Collection[str], kind: str) -> None:
-    """Raises a ValueError for keywords that are not known; those that are None, False or empty ask for nothing."""
-    unknown = [f"{name}={value!r:.40}" for name, value in keywords.items() if name not in known and value]
+    """Raises a ValueError for keywords that are not known; those that are None ask for nothing.
+
+    Nor does a usual variable of templates that is False or empty, where the template does not have it.
+    """
+    asked = {name: value for name, value in keywords.items() if value or value is not None and name not in _VARIABLES}
+    unknown = [f"{name}={value!r:.40}" for name, value in asked.items() if name not in known]
     if unknown:
         raise ValueError(f"unknown keyword {', '.join(unknown)}: not {kind}")
 

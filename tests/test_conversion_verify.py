@@ -40,7 +40,7 @@ def report(capsys, *arguments: str | Path) -> tuple[int, dict[str, str]]:
     code = converter.main(["verify", *map(str, arguments)])
     output = capsys.readouterr()
     assert "error: " not in output.err, output.err
-    return code, {line[:24].strip(): line[24:] for line in output.out.splitlines()}
+    return code, {line[:26].strip(): line[26:] for line in output.out.splitlines()}
 
 
 def edit_tensors(folder: Path, change) -> None:
@@ -255,6 +255,9 @@ def test_a_saved_model_needs_no_checksums(recordings, tmp_path, capsys):
     code, lines = report(capsys, tmp_path / "saved", "--against", recording.source)
     assert code == 0 and lines["checksums"] == "ok      none, without SHA256SUMS"
     assert lines["settings"].startswith("ok")
+    (tmp_path / "saved" / "tokenizer_config.json").unlink()  # a default template would take its place
+    code, lines = report(capsys, tmp_path / "saved")
+    assert code == 1 and lines["files"] == "FAILED  1 missing: tokenizer_config.json"
 
 
 def test_the_embedded_checkpoint_passes(capsys):

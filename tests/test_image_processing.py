@@ -409,6 +409,17 @@ def test_a_model_is_pickled_in_either_order_of_loading_and_no_warning_is_printed
     assert "use_fast" not in run.stdout + run.stderr
 
 
+def test_paths_and_empty_dicts_as_people_write_them(tmp_path):
+    path = tmp_path / "a #1 ü.png"
+    recorded_image(60, 40, 0).save(path)
+    expected = NaViLImageProcessor()(path)["pixel_values"]
+    for form in (np.str_(path), f"file://{path}", path.as_uri()):
+        assert np.array_equal(NaViLImageProcessor()(form)["pixel_values"], expected)
+    for empty in ({"image": {"bytes": None, "path": None}}, {"image_url": {"url": None, "detail": None}}):
+        part = {"type": "image", "path": str(path), **empty}
+        assert np.array_equal(NaViLImageProcessor()(part)["pixel_values"], expected)
+
+
 def test_a_given_end_of_the_budget_moves_the_default_of_the_other():
     image = recorded_image(300, 200, 0)
     processor = NaViLImageProcessor(min_pixels=16384, max_pixels=32768)

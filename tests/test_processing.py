@@ -58,6 +58,16 @@ def test_one_scale_may_be_the_processors_default(recording, tmp_path):
     assert scales[0] == scales[3] > scales[1] == scales[2] == 1
 
 
+@pytest.mark.parametrize("keyword", ["multi_scal", "add_generation_promt", "paddin"])
+@pytest.mark.parametrize("value", [False, 0, True, "x"])
+def test_a_misspelt_keyword_is_an_error_whatever_its_value(recording, keyword, value):
+    with pytest.raises(ValueError, match=f"unknown keyword {keyword}"):
+        recording.processor(text="a", **{keyword: value})
+    for template in (recording.processor.apply_chat_template, recording.tokenizer.apply_chat_template):
+        with pytest.raises(ValueError, match=f"unknown keyword {keyword}"):
+            template([{"role": "user", "content": "a"}], **{keyword: value})
+
+
 def test_a_prompt_without_images_may_have_none(recording):
     image, prompts = recorded_image(60, 40, 0), ["<image>a", "b", "<image><image>c"]
     rows = recording.processor(images=[[image], None, [image, image]], text=prompts, padding=True)
