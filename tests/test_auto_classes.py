@@ -141,11 +141,9 @@ def test_python_of_the_readme_runs(recording, tmp_path, monkeypatch):
     (tmp_path / "examples").mkdir()
     recorded_image(60, 40, 1).save("examples/text.png")
     script = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
-    assert '"weights/navil-2b"' in script and ".cuda()" in script
+    assert '"weights/navil-2b"' in script and "bfloat16" in script
     script = script.replace('".", subfolder="tiny"', f'"{ROOT}", subfolder="tiny"')
-    script = (
-        script.replace("weights/navil-2b", str(recording.folder)).replace(".cuda()", "").replace("bfloat16", "float32")
-    )
+    script = script.replace("weights/navil-2b", str(recording.folder)).replace("bfloat16", "float32")
     exec(compile(script.replace("max_new_tokens=64", "max_new_tokens=4"), "README.md", "exec"), {})
 
 
