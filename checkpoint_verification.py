@@ -115,7 +115,7 @@ def check_files(folder: Path, checksums: dict[str, str]) -> Iterator[Finding]:
 
 
 def code_folder(folder: Path) -> Path:
-    """Where the code of a model folder lies: inside, or beside it for a folder that is loaded as a subfolder."""
+    """The folder with a model's code: its own, or its parent for one that is loaded as a subfolder."""
     folder = folder.resolve()
     return folder if any((folder / name).exists() for name in CODE_FILES) else folder.parent
 

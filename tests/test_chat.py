@@ -340,7 +340,9 @@ def test_a_generation_config_without_a_limit_has_chats_own(recording, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "arguments", [(None, ""), ("no-such-file.png", "Hi."), (None, "a" * 10**6), (None, "<image>?")], ids=repr
+    "arguments",
+    [(None, ""), ("no-such-file.png", "Hi."), (None, "a" * 10**6), (None, "<image>?")],
+    ids=["empty", "no file", "too long", "no image"],
 )
 def test_a_streams_reader_gets_its_end_when_chat_fails(recording, arguments):
     streamer = TextIteratorStreamer(recording.tokenizer, timeout=0.1)
