@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from checkpoint_files import Tensors, preview
-from navil_modules import configuration, modeling, tokenization
+from navil import configuration_navil as configuration
+from navil import modeling_navil as modeling
+from navil import tokenization_navil as tokenization
 
 RELEASED_BACKBONES = ("internlm2", "qwen3")
 LLM_ARCHITECTURES = ("internlm2", "llama", "qwen2", "qwen3")

@@ -21,7 +21,11 @@ import checkpoint_layouts as layouts
 import checkpoint_tokenizers as tokenizers
 from checkpoint_files import DTYPES, TensorPlan, Tensors, preview, read_json, unreadable
 from checkpoint_layouts import Rule
-from navil_modules import CODE_FILES, ROOT, configuration, image_processing, processing, tokenization
+from navil import CODE_FILES, ROOT
+from navil import configuration_navil as configuration
+from navil import image_processing_navil as image_processing
+from navil import processing_navil as processing
+from navil import tokenization_navil as tokenization
 
 
 @dataclass

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Qwen2TokenizerFast
 
 from checkpoint_files import preview, read_json, unreadable, write_json
 from checkpoint_layouts import require
-from navil_modules import tokenization
+from navil import tokenization_navil as tokenization
 
 TURN_TOKENS = ("<|im_start|>", tokenization.END_OF_TURN)
 TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")

@@ -38,7 +38,10 @@ from checkpoint_files import (
 )
 from checkpoint_plans import Conversion, copy_code, plan_from_llm, plan_official, read_config
 from checkpoint_tokenizers import check_ids
-from navil_modules import CODE_FILES, ROOT, image_processing, modeling, tokenization
+from navil import CODE_FILES, ROOT
+from navil import image_processing_navil as image_processing
+from navil import modeling_navil as modeling
+from navil import tokenization_navil as tokenization
 
 SETTINGS_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 SETTINGS_FILES += ("tokenizer.json", "tokenizer_config.json")

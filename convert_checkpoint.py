@@ -27,7 +27,8 @@ from checkpoint_files import DTYPES, check_links, new_folder, preview, write_che
 from checkpoint_plans import Conversion, Export, plan_export, plan_from_llm, plan_official
 from checkpoint_tokenizers import convert_tokenizer
 from checkpoint_verification import verify
-from navil_modules import ROOT, tokenization
+from navil import ROOT
+from navil import tokenization_navil as tokenization
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Folders

@@ -14,7 +14,9 @@ from transformers import Qwen2VLImageProcessor, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from navil_modules import configuration, image_processing, modeling
+from navil import configuration_navil as configuration
+from navil import image_processing_navil as image_processing
+from navil import modeling_navil as modeling
 
 
 def resized_scales(processor: image_processing.NaViLImageProcessor, image: Image.Image) -> list[Image.Image]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from navil_modules import configuration
+from navil import configuration_navil as configuration
 
 from .timing import seconds
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from navil_modules import modeling
+from navil import modeling_navil as modeling
 
 from . import baselines
 from .run import SIZES, vision_only

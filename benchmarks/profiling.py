@@ -19,7 +19,7 @@ from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from navil_modules import modeling
+from navil import modeling_navil as modeling
 
 from . import baselines, run
 from .timing import seconds, synchronize

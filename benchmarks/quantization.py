@@ -21,7 +21,7 @@ from torchao.quantization.granularity import PerGroup
 from tqdm import tqdm
 from transformers import TorchAoConfig
 
-from navil_modules import modeling
+from navil import modeling_navil as modeling
 from recipes import data, evaluate
 from recipes.blueprint import load
 from recipes.tasks import TASKS, Sample

@@ -30,7 +30,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import DynamicCache, StaticCache
 
-from navil_modules import configuration, image_processing, modeling
+from navil import configuration_navil as configuration
+from navil import image_processing_navil as image_processing
+from navil import modeling_navil as modeling
 
 from . import baselines, limits
 from .timing import alternate, median_ratio

@@ -5,7 +5,11 @@ import re
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from navil_modules import configuration, image_processing, modeling, processing, tokenization
+from navil import configuration_navil as configuration
+from navil import image_processing_navil as image_processing
+from navil import modeling_navil as modeling
+from navil import processing_navil as processing
+from navil import tokenization_navil as tokenization
 
 from .drawing import SHADES, SHAPE_KINDS
 from .tasks import GOODS, WORDINGS

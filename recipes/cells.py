@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from navil_modules import image_processing, processing
+from navil import image_processing_navil as image_processing
+from navil import processing_navil as processing
 
 from .drawing import Box, Mark, Picture
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
-from navil_modules import processing, tokenization
+from navil import processing_navil as processing
+from navil import tokenization_navil as tokenization
 
 from .cells import NUMBERS, label_cells, label_numbers
 from .close_ups import close_up

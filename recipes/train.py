@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, set_seed
 
-from navil_modules import modeling
+from navil import modeling_navil as modeling
 
 from .blueprint import build_model, build_processor, build_tokenizer, load, question_words
 from .cells import EMPTY, NUMBER_GROUPS, number_errors, token_of

@@ -1,10 +1,9 @@
-"""Shared fixtures. The package's modules are imported as `navil.*`, its root standing in for an installed package."""
+"""Shared fixtures."""
 
 import json
 import os
 import sys
 import tempfile
-import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,9 +14,6 @@ BACKBONES = ("internlm2", "qwen3")
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="navil-modules-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(ROOT))
-_package = types.ModuleType("navil")
-_package.__path__ = [str(ROOT)]
-sys.modules["navil"] = _package
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

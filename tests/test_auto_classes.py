@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import demo
-from navil_modules import CODE_FILES
+from navil import CODE_FILES
 
 
 def in_fresh_process(script: str, *arguments: str | Path) -> None:

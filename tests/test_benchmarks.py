@@ -10,7 +10,8 @@ from conftest import relative_error
 pytest.importorskip("matplotlib")  # as all of the recipes' packages, whose loader the benchmarks use
 
 from benchmarks import baselines, limits, memory, profiling, run  # noqa: E402
-from navil_modules import configuration, modeling  # noqa: E402
+from navil import configuration_navil as configuration  # noqa: E402
+from navil import modeling_navil as modeling
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import checkpoint_layouts as layouts
 import convert_checkpoint as converter
-from navil_modules import CODE_FILES, configuration, modeling
+from navil import CODE_FILES
+from navil import configuration_navil as configuration
+from navil import modeling_navil as modeling
 
 MODEL_FILES = {
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "README.md"),

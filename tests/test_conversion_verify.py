@@ -18,7 +18,7 @@ from test_conversion_from_llm import test_internlm2_equals_llama as write_intern
 import checkpoint_verification as verification
 import convert_checkpoint as converter
 from checkpoint_files import Tensors, read_checksums
-from navil_modules import CODE_FILES
+from navil import CODE_FILES
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ pytest.importorskip("matplotlib")
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from navil_modules import modeling, processing  # noqa: E402
+from navil import modeling_navil as modeling  # noqa: E402
+from navil import processing_navil as processing
 from recipes import blueprint, cells, close_ups, data, deepen, drawing, optimizer, plot, publish, train  # noqa: E402
 from recipes.drawing import Mark, Picture  # noqa: E402
 from recipes.tasks import DESCRIBE, PAGE, TASKS, Accepted, Sample, is_correct, make_sample, thousandths  # noqa: E402

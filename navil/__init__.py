@@ -1,0 +1,12 @@
+"""The `*_navil.py` modules as a package: `from navil import modeling_navil`.
+
+The Hub wants the modules at the top level of a model repository, so this package finds them there.
+"""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE_FILES = tuple(sorted(path.name for path in ROOT.glob("*_navil.py")))
+"""The code that a model folder carries with it."""
+
+__path__.append(str(ROOT))
