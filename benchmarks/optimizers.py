@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_wsd_schedule
 
-from recipes import data, train
-from recipes.blueprint import load
+from recipes.curriculum import Curriculum
+from recipes.hardware import faster_dtype
+from recipes.model import load
 from recipes.optimizer import MuonWithAdamW
+from recipes.packing import PackedSamples, model_inputs
+from recipes.stages import STAGES
+from recipes.tasks import ALL_TASKS
 
 PART = 0.2  # of the steps: rows of the table
 
@@ -31,19 +35,19 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.
 
 
 def muon(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    return MuonWithAdamW(model, learning_rate, weight_decay, train.faster_dtype("cpu"))
+    return MuonWithAdamW(model, learning_rate, weight_decay, faster_dtype("cpu"))
 
 
 OPTIMIZERS = {"AdamW": adamw, "Muon": muon}
 
 
 def draw_batches(folder: Path, processor: Any, steps: int) -> list[dict[str, Tensor]]:
-    """Batches of the last stage at the folder's dials, with seeds that its training has not reached."""
-    dials = train.Dials()
-    dials.load(folder)
-    mix = train.STAGES["s2"].mix
-    weights = torch.tensor([mix.get(task, 0.0) for task in data.ALL_TASKS])
-    stream = data.PackedSamples(processor, weights, dials.difficulty, first_seed=10**9)
+    """Batches of stage s2 at the folder's curriculum difficulty, with seeds that its training has not used."""
+    curriculum = Curriculum()
+    curriculum.load(folder)
+    mix = STAGES["s2"].mix
+    weights = torch.tensor([mix.get(task, 0.0) for task in ALL_TASKS])
+    stream = PackedSamples(processor, weights, curriculum.difficulty, first_seed=10**9)
     return list(tqdm(itertools.islice(stream, steps), total=steps, desc="batches", disable=None))
 
 
@@ -51,15 +55,15 @@ def train_on(folder: Path, batches: Sequence[dict[str, Tensor]], name: str) -> t
     """The loss of every batch before its step, and the seconds that all took."""
     model, _ = load(folder)
     model.train()
-    stage = train.STAGES["s2"]
+    stage = STAGES["s2"]
     optimizer = OPTIMIZERS[name](model, stage.learning_rate, stage.weight_decay)
     warmup, decay = len(batches) // 10, len(batches) // 4
     schedule = get_wsd_schedule(optimizer, warmup, decay, num_training_steps=len(batches))
-    in_bf16 = train.faster_dtype("cpu") == torch.bfloat16
+    in_bf16 = faster_dtype("cpu") == torch.bfloat16
     losses, start = [], time.perf_counter()
     for batch in tqdm(batches, desc=name, disable=None):
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
-            loss = model(**train.model_inputs(batch)).loss
+            loss = model(**model_inputs(batch)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -74,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Train a checkpoint on the same batches with AdamW and with Muon, on the CPU.",
         epilog="example: python -m benchmarks.optimizers tiny --steps 60",
     )
-    parser.add_argument("model", type=Path, help="folder of a model that the recipe trained, with its dials.json")
+    parser.add_argument("model", type=Path, help="folder of a model that the recipe trained, with its curriculum.json")
     parser.add_argument("--steps", type=int, default=60, help="batches (%(default)s)")
     options = parser.parse_args(arguments)
     if options.steps < 10:

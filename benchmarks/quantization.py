@@ -4,11 +4,10 @@
 
 The decoder's linear layers are quantized by torchao on loading; the vision encoder, the connector and the output head
 are left alone. KL is that of the next-token distributions, full precision against quantized, in nats per label of the
-held-out answers; `answers` are right answers at the difficulty of the model's own dials.json.
+held-out answers; `answers` are right answers at the difficulty of the model's own curriculum.json.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +21,10 @@ from tqdm import tqdm
 from transformers import TorchAoConfig
 
 from navil import modeling_navil as modeling
-from recipes import data, evaluate
-from recipes.blueprint import load
+from recipes.curriculum import CURRICULUM_FILE, read_difficulty
+from recipes.evaluate import answer_all, grade, held_out
+from recipes.model import load
+from recipes.packing import answer_index, encode, pack
 from recipes.tasks import TASKS, Sample
 
 KEPT = ("vision_model", "connector", "lm_head")
@@ -43,10 +44,10 @@ def load_quantized(folder: Path, scheme: str, group: int) -> nn.Module:
 @torch.no_grad()
 def answer_log_probabilities(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """(labels, vocabulary) of the positions that predict an answer's tokens."""
-    targets = ("labels", "loss_weight", "task_index", "cell_labels", "cell_numbers")
+    targets = ("labels", "loss_weight", "task_index", "dense_labels", "regression_targets")
     inputs = {name: batch[name] for name in batch if name not in targets}
     logits = model(**inputs, use_cache=False).logits[:, :-1]
-    return logits[data.answer_index(batch["labels"][:, 1:]) >= 0].float().log_softmax(-1)
+    return logits[answer_index(batch["labels"][:, 1:]) >= 0].float().log_softmax(-1)
 
 
 def mean_kl(exact: nn.Module, quantized: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
@@ -63,7 +64,7 @@ def right_answers(model: nn.Module, processor: Any, samples: dict[str, list[Samp
     marked = [
         right
         for task, drawn in samples.items()
-        for _, right in evaluate.marks(drawn, evaluate.answer_all(model, processor, drawn, f"{title}, {task}"))
+        for _, right in grade(drawn, answer_all(model, processor, drawn, f"{title}, {task}"))
     ]
     return sum(marked), len(marked)
 
@@ -73,16 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Measure what weight-only int8 and int4 of the decoder cost (needs torchao).",
         epilog="example: python -m benchmarks.quantization tiny --count 24",
     )
-    parser.add_argument("model", type=Path, help="folder of a model that the recipe trained, with its dials.json")
+    parser.add_argument("model", type=Path, help="folder of a model that the recipe trained, with its curriculum.json")
     parser.add_argument("--count", type=int, default=24, help="held-out samples per task (%(default)s)")
     parser.add_argument("--group", type=int, default=32, help="weights that share an int4 scale (%(default)s)")
     options = parser.parse_args(arguments)
     exact, processor = load(options.model)
     exact.eval()
-    difficulty = json.loads((options.model / "dials.json").read_text())["difficulty"]
-    samples = {task: evaluate.held_out(task, options.count, difficulty[task]) for task in TASKS}
+    difficulty = read_difficulty(options.model / CURRICULUM_FILE)
+    samples = {task: held_out(task, options.count, difficulty[task]) for task in TASKS}
     pad_id = processor.tokenizer.pad_token_id
-    batches = [data.pack([[data.encode(sample, processor)]], pad_id) for drawn in samples.values() for sample in drawn]
+    batches = [pack([[encode(sample, processor)]], pad_id) for drawn in samples.values() for sample in drawn]
     right, questions = right_answers(exact, processor, samples, "exact")
     lines = ["| weights | KL, nats per label | right answers |", "|---|---|---|"]
     lines.append(f"| {str(exact.dtype).removeprefix('torch.')} | - | {right} of {questions} |")

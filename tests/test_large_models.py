@@ -122,9 +122,9 @@ def test_quantization_benchmark_prints_its_table(tmp_path, capsys):
     from benchmarks import quantization
 
     folder = shutil.copytree(ROOT / "tiny", tmp_path / "tiny")
-    dials = json.loads((folder / "dials.json").read_text())
-    dials["difficulty"] = dict.fromkeys(dials["difficulty"], 0.0)  # small pictures, short answers
-    (folder / "dials.json").write_text(json.dumps(dials))
+    curriculum = json.loads((folder / "curriculum.json").read_text())
+    curriculum["difficulty"] = dict.fromkeys(curriculum["difficulty"], 0.0)  # small pictures, short answers
+    (folder / "curriculum.json").write_text(json.dumps(curriculum))
     assert quantization.main([str(folder), "--count", "1"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[-3:]]
     assert [row[0] for row in rows] == ["| float32", "| int8", "| int4"]
