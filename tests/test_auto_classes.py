@@ -174,7 +174,7 @@ def test_use_flash_attn_chooses_the_attention(recording, monkeypatch):
 
     assert load(use_flash_attn=False).language_model.config._attn_implementation == "sdpa"
     assert load(use_flash_attn=None, attn_implementation="eager").vision_model.config._attn_implementation == "eager"
-    with pytest.raises(ValueError, match="means attn_implementation='sdpa', but 'eager' is given too"):
+    with pytest.raises(ValueError, match="means attn_implementation='sdpa'"):
         load(use_flash_attn=False, attn_implementation="eager")
     module = sys.modules[type(recording.model).__module__]
     monkeypatch.setattr(module, "is_flash_attn_2_available", lambda: False)
