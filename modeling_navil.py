@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import CandidateGenerator, GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -42,13 +42,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 # transformers copies the modules that this one imports itself, and not what they import: all of them are named here.
 from .chat_navil import CACHE, NaViLChat
 from .configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
-from .image_processing_navil import (
-    NaViLImageProcessor,
-    context_error,
-    count_slot_tokens,
-    largest_fitting_budget,
-    possible_sizes,
-)
+from .image_processing_navil import IMAGE_INPUTS, ImagePlan, NaViLImageProcessor
 from .processing_navil import NaViLProcessor
 from .tokenization_navil import IMAGE_START_TOKEN, IMAGE_TOKEN, NaViLTokenizer
 
@@ -837,7 +831,6 @@ def next_token_loss(
 
 # -- The composed model ------------------------------------------------------------------------------------------------
 
-IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "num_scales")
 VISUAL_INPUTS = (*IMAGE_INPUTS, "visual_token_mask")
 """Inputs of `generate` that belong to the prompt alone."""
 
@@ -865,27 +858,6 @@ def fill_slots(inputs_embeds: Tensor, slots: Tensor, visual_tokens: Tensor) -> T
     check_slots(int(slots.sum()), len(visual_tokens))
     visual_tokens = visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(slots[..., None].to(inputs_embeds.device), visual_tokens)
-
-
-class TextCandidates(CandidateGenerator):
-    """Another generator's candidates for assisted decoding, cut off before an image slot copied from the prompt."""
-
-    def __init__(self, generator: CandidateGenerator, image_token_id: int):
-        self.generator = generator
-        self.image_token_id = image_token_id
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.generator, name)  # `generate` looks at an assistant's settings
-
-    def get_candidates(self, input_ids: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
-        candidates, logits = self.generator.get_candidates(input_ids, *args)  # more arguments since transformers 5
-        is_text = candidates[0, input_ids.shape[1] :] != self.image_token_id  # assisted decoding has one sequence
-        num_kept = int(is_text.cumprod(0).sum())
-        logits = None if logits is None or num_kept == 0 else logits[:, :num_kept]
-        return candidates[:, : input_ids.shape[1] + num_kept], logits
-
-    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
-        self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
 
 class NaViLModel(NaViLPreTrainedModel):
@@ -991,14 +963,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         super().__init__(config)
         self.model = NaViLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        patch_pixels = config.vision_config.patch_size**2
-        self.image_processor = NaViLImageProcessor(
-            patch_size=config.vision_config.patch_size,
-            merge_size=config.vision_config.spatial_merge_size,
-            min_pixels=config.min_dynamic_patch * patch_pixels,
-            max_pixels=config.max_dynamic_patch * patch_pixels,
-            scale_downsample_ratio=config.scale_downsample_ratio,
-        )
+        self.image_processor = NaViLImageProcessor.from_config(config)
         self.post_init()
 
     @classmethod
@@ -1035,10 +1000,6 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
     @property
     def vision_model(self) -> NaViLVisionModel:
         return self.model.vision_model
-
-    @property
-    def connector(self) -> NaViLConnector:
-        return self.model.connector
 
     @property
     def language_model(self) -> NaViLTextModel:
@@ -1197,48 +1158,32 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((prompt for prompt in prompts if prompt is not None), None)
         if prompt is not None and prompt.shape[1] > self.config.text_config.context_length:
-            self._check_context(prompt, kwargs)
+            self._check_prompts(prompt, kwargs)
         has_ids = prompt is not None and not prompt.is_floating_point()
         if has_images and has_ids and kwargs.get("visual_token_mask") is None:
             # Of the prompt alone: generated tokens are text, also when a forward without a cache sees them again.
             kwargs["visual_token_mask"] = self.get_visual_token_mask(prompt)
         return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def _check_context(self, prompt: Tensor, inputs: dict[str, Any]) -> None:
-        """Raises a ValueError if a row of prompts, (B, L) or (B, L, D), is longer than the context."""
-        limit, attention_mask = self.config.text_config.context_length, inputs.get("attention_mask")
-        lengths = torch.full((len(prompt),), prompt.shape[1])
+    def check_context(self, num_tokens: int, plans: Sequence[ImagePlan] = (), is_exact: bool = True) -> None:
+        """Raises a ValueError for a prompt with more tokens than the context holds, and advises how its images fit."""
+        limit = self.config.text_config.context_length
+        if num_tokens > limit:
+            raise self.image_processor.context_error(num_tokens, limit, plans, is_exact)
+
+    def _check_prompts(self, prompts: Tensor, inputs: dict[str, Any]) -> None:
+        """As `check_context`, for the longest row of prompts (B, L), or embeddings (B, L, D)."""
+        attention_mask, grids = inputs.get("attention_mask"), inputs.get("image_grid_thw")
+        lengths = torch.full((len(prompts),), prompts.shape[1])
         if attention_mask is not None and attention_mask.ndim == 2:
             lengths = attention_mask.sum(-1).cpu()
-        num_tokens, row = int(lengths.max()), int(lengths.argmax())
-        if num_tokens <= limit:
-            return
-        images = [] if prompt.is_floating_point() else self._grids_of_row(prompt, row, inputs)
-        if not images:
-            raise context_error(num_tokens, limit)
-        merge_size = self.config.vision_config.spatial_merge_size
-        scales = [[(rows, columns) for frames, rows, columns in grids for _ in range(frames)] for grids in images]
-        num_text = num_tokens - sum(count_slot_tokens(sizes, merge_size) for sizes in scales)
-        raise context_error(num_tokens, limit, len(images), self._fitting_budget(images, limit - num_text), "should")
-
-    def _grids_of_row(self, prompt: Tensor, row: int, inputs: dict[str, Any]) -> list[list[list[int]]]:
-        """Frames, rows and columns of all scales of each image in a row of prompts (B, L)."""
-        grids, num_scales = inputs.get("image_grid_thw"), inputs.get("num_scales")
-        if grids is None:
-            return []
-        num_scales = [1] * len(grids) if num_scales is None else num_scales.tolist()
-        rows = self._row_of_scale(prompt[:, num_cached_tokens(inputs) :], grids).split(num_scales)
-        images = zip(grids.split(num_scales), rows, strict=True)
-        return [scales.tolist() for scales, rows_of_scales in images if rows_of_scales[0] == row]
-
-    def _fitting_budget(self, images: list[list[list[int]]], max_tokens: int) -> int | None:
-        """A `max_pixels` with which images fit that are known by their grids alone; a fifth of the room is a margin."""
-        processor = self.image_processor
-        patch, cell = processor.patch_size, processor.patch_size * processor.merge_size
-        sizes = [possible_sizes(rows * patch, columns * patch, cell) for *_, (_, rows, columns) in images]
-        tau = processor.scale_downsample_ratio if any(len(grids) > 1 for grids in images) else None
-        planned = [(sizes_of_image, processor.min_pixels, math.inf) for sizes_of_image in sizes]
-        return largest_fitting_budget(planned, cell, tau, max_tokens * 4 // 5)
+        plans = []
+        if grids is not None and not prompts.is_floating_point():
+            plans = self.image_processor.plans_of_grids(grids, inputs.get("num_scales"))
+            rows = self._row_of_scale(prompts[:, num_cached_tokens(inputs) :], grids)
+            rows = rows if inputs.get("num_scales") is None else rows[inputs["num_scales"].cumsum(0) - 1]
+            plans = [plan for plan, row in zip(plans, rows.tolist(), strict=True) if row == int(lengths.argmax())]
+        self.check_context(int(lengths.max()), plans)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, visual_token_mask: Tensor | None = None, **kwargs
@@ -1291,11 +1236,6 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         if model_kwargs.get("use_cache", True):  # the prompt is in the cache now, its images with it
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in VISUAL_INPUTS}
         return model_kwargs
-
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
-        generator = super()._get_candidate_generator(*args, **kwargs)
-        image_token_id = self.config.image_token_id
-        return generator if image_token_id is None else TextCandidates(generator, image_token_id)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, input_ids: Tensor | None = None, **inputs: Any

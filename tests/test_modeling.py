@@ -6,11 +6,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import relative_error
-from navil import modeling_navil as modeling
 from navil.configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
+
+from navil import modeling_navil as modeling
 
 TEXT = {
     "vocab_size": 200,
