@@ -9,8 +9,9 @@ import random
 from dataclasses import replace
 from operator import sub
 
-from navil.processing_navil import NaViLProcessor
 from PIL import Image
+
+from navil.processing_navil import NaViLProcessor
 
 from .drawing import Annotation, Box, Picture, log_uniform, shifted
 from .labels import is_shape, planned_scales
@@ -33,9 +34,9 @@ def crop_sample(rng: random.Random, sample: Sample, processor: NaViLProcessor) -
         return sample
     pictures = []
     for picture in sample.pictures:
-        scales, cell = planned_scales(picture, processor.image_processor, native_size=False)
-        factor = _reduction(rng, picture, scales[-1][1])
-        window = _window(rng, sample.task, picture, MARGIN * cell / factor)
+        _, largest_width = planned_scales(picture, processor)[-1]
+        factor = _reduction(rng, picture, largest_width)
+        window = _window(rng, sample.task, picture, MARGIN * processor.image_processor.cell / factor)
         pictures.append(_crop(picture, window, factor))
         if sample.task == GROUNDING:
             sample = _move_boxes(sample, window)

@@ -18,10 +18,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from navil.modeling_navil import NaViLForConditionalGeneration
-from navil.processing_navil import NaViLProcessor
 from PIL import Image
 from tqdm import tqdm
+
+from navil.modeling_navil import NaViLForConditionalGeneration
+from navil.processing_navil import NaViLProcessor
 
 from .curriculum import read_difficulty
 from .drawing import Picture
@@ -111,7 +112,7 @@ def one_scale_answers(
     changed = [
         index
         for index, sample in enumerate(samples)
-        if any(len(planned_scales(p, processor.image_processor, native_size=False)[0]) > 1 for p in sample.pictures)
+        if any(len(planned_scales(picture, processor)) > 1 for picture in sample.pictures)
     ]
     result = list(answers)
     if changed:

@@ -3,15 +3,16 @@
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+from torch.utils import benchmark
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
 from navil.modeling_navil import (
     SEGMENT_ATTENTION_FUNCTIONS,
     Segments,
     decoder_attention_eager,
     segment_attention_eager,
 )
-from torch import Tensor
-from torch.utils import benchmark
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # On a CPU with bf16 units the backward pass of torch's fused attention takes several times as long as plain matrix
 # products. oneDNN takes milliseconds to prepare a product of a new shape, so this attention batches segments in powers

@@ -23,10 +23,10 @@ from math import ceil
 import numpy as np
 import torch
 import torch.nn.functional as F
-from navil.image_processing_navil import NaViLImageProcessor, plan_scales
+from torch import Tensor
+
 from navil.processing_navil import IGNORE_INDEX, NaViLProcessor
 from navil.tokenization_navil import NaViLTokenizer
-from torch import Tensor
 
 from .drawing import Annotation, Box, Picture
 
@@ -39,6 +39,9 @@ REGION_SHARE = 0.5  # of the cells with content: labelled with what the content 
 DENSE_WEIGHT = 0.5  # loss weight of a picture's cells with content, relative to an answer of as many tokens
 EMPTY_WEIGHT = 0.1  # the same for empty cells, which are many and easy
 COORDINATE_WEIGHT = 0.3  # the same for empty cells that are labelled with their column or row
+
+NATIVE_SIZE = {"multi_scale": False, "min_pixels": 1, "max_pixels": 10**9}
+"""Settings of the image processor that keep a picture's size."""
 
 TARGET_GROUPS = {"box_sides": 4, "counts": 3, "text_position": 2, "chart_value": 1}
 """Numbers of a cell, in this order: `shape_targets`, `position_targets`, and the value of a chart's column."""
@@ -53,7 +56,7 @@ def dense_labels(picture: Picture, processor: NaViLProcessor, native_size: bool 
     `native_size`: the picture has one scale, its own size.
     """
     width, height = picture.image.size
-    scales, cell = planned_scales(picture, processor.image_processor, native_size)
+    scales, cell = planned_scales(picture, processor, native_size), processor.image_processor.cell
     regions = (*picture.regions, *side_regions(picture))
     content, around = (
         np.concatenate([assign(annotations, (height, width), scale, cell) for scale in scales])
@@ -79,7 +82,7 @@ def dense_labels(picture: Picture, processor: NaViLProcessor, native_size: bool 
 
 def regression_targets(picture: Picture, processor: NaViLProcessor, native_size: bool = False) -> Tensor:
     """(cells, NUM_TARGETS) numbers of 0 to 1 in the order of the visual tokens; NaN where a cell has none."""
-    scales, cell = planned_scales(picture, processor.image_processor, native_size)
+    scales, cell = planned_scales(picture, processor, native_size), processor.image_processor.cell
     letters = tuple(annotation for annotation in picture.annotations if annotation.position is not None)
     columns = tuple(region for region in picture.regions if region.value is not None)
     shapes = shape_targets(picture)
@@ -127,16 +130,11 @@ def position_targets(letter: Annotation) -> list[float]:
     return [min(1.0, count / MAX_CHARACTERS) for count in letter.position]
 
 
-def planned_scales(
-    picture: Picture, image_processor: NaViLImageProcessor, native_size: bool
-) -> tuple[list[tuple[int, int]], int]:
-    """(height, width) of the picture's scales, smallest first, and the side of a merged cell, in pixels."""
-    cell = image_processor.patch_size * image_processor.merge_size
-    width, height = picture.image.size
-    if native_size:
-        return [(height, width)], cell
-    budget = (image_processor.min_pixels, image_processor.max_pixels, image_processor.scale_downsample_ratio)
-    return plan_scales(height, width, cell, *budget), cell
+def planned_scales(picture: Picture, processor: NaViLProcessor, native_size: bool = False) -> list[tuple[int, int]]:
+    """(height, width) in pixels of the picture's scales, smallest first."""
+    settings = NATIVE_SIZE if native_size else {"multi_scale": True}
+    [plan] = processor.image_processor.plan(picture.image, **settings)
+    return plan.scales
 
 
 def side_regions(picture: Picture) -> list[Annotation]:

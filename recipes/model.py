@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
 from navil.configuration_navil import NaViLConfig
 from navil.image_processing_navil import NaViLImageProcessor
 from navil.modeling_navil import NaViLForConditionalGeneration
@@ -16,7 +18,6 @@ from navil.tokenization_navil import (
     IMAGE_TOKENS,
     NaViLTokenizer,
 )
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from .drawing import SHADES, SHAPE_KINDS
 from .words import GOODS, WORDINGS
@@ -113,15 +114,7 @@ def build_model(config: NaViLConfig) -> NaViLForConditionalGeneration:
 
 
 def build_processor(tokenizer: NaViLTokenizer, config: NaViLConfig) -> NaViLProcessor:
-    area = config.vision_config.patch_size**2
-    image_processor = NaViLImageProcessor(
-        patch_size=config.vision_config.patch_size,
-        merge_size=config.vision_config.spatial_merge_size,
-        min_pixels=config.min_dynamic_patch * area,
-        max_pixels=config.max_dynamic_patch * area,
-        scale_downsample_ratio=config.scale_downsample_ratio,
-    )
-    return NaViLProcessor(image_processor, tokenizer)
+    return NaViLProcessor(NaViLImageProcessor.from_config(config), tokenizer)
 
 
 def load(folder: Path | str, attn_implementation: str = "sdpa") -> tuple[NaViLForConditionalGeneration, NaViLProcessor]:

@@ -10,19 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from navil.processing_navil import IGNORE_INDEX, Conversation, NaViLProcessor, block_diagonal_mask, join_rows
-from navil.tokenization_navil import IMAGE_START_TOKEN, IMAGE_TOKEN
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
-from .crops import crop_sample
-from .labels import NUM_TARGETS, dense_labels, regression_targets
-from .tasks import ALL_TASKS, PAGE, Sample, make_sample
+from navil.processing_navil import IGNORE_INDEX, Conversation, NaViLProcessor, block_diagonal_mask, join_rows
+from navil.tokenization_navil import IMAGE_START_TOKEN, IMAGE_TOKEN
 
-NATIVE_SIZE = {"multi_scale": False, "min_pixels": 1, "max_pixels": 10**9}
-"""Settings of the image processor that keep a picture's size."""
+from .crops import crop_sample
+from .labels import NATIVE_SIZE, NUM_TARGETS, dense_labels, regression_targets
+from .tasks import ALL_TASKS, PAGE, Sample, make_sample
 
 
 class Encoded(NamedTuple):

@@ -36,7 +36,7 @@ tags:
 # A small NaViL
 
 {parameters:.1f} M parameters, trained from scratch by `recipes/` on pictures that it draws itself: text, receipts,
-charts, shapes, boxes, two images, two turns, and arithmetic without a picture. It has seen no photographs.
+charts, shapes, boxes, two images, two turns, and arithmetic without a picture. It was trained on nothing else.
 
 ```python
 from transformers import AutoModel, AutoTokenizer

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+
 from navil.modeling_navil import NaViLForConditionalGeneration
 
 from .tasks import ALL_TASKS, DESCRIBE, PAGE, TEXT_PRETRAINING

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, recorded_image, relative_error
+from conftest import ROOT, recorded_image
 
 pytest.importorskip("matplotlib")
 
-from navil.configuration_navil import NaViLConfig  # noqa: E402
-from navil.modeling_navil import Segments  # noqa: E402
-from navil.processing_navil import IGNORE_INDEX  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModel, AutoTokenizer  # noqa: E402
 
 from navil import CODE_FILES  # noqa: E402
+from navil.configuration_navil import NaViLConfig  # noqa: E402
+from navil.modeling_navil import Segments  # noqa: E402
+from navil.processing_navil import IGNORE_INDEX  # noqa: E402
 from recipes import charts, crops, labels, packing, plot, publish, train  # noqa: E402
 from recipes.crops import crop_sample  # noqa: E402
 from recipes.curriculum import Curriculum, answer_scores  # noqa: E402
@@ -31,7 +31,7 @@ from recipes.hardware import CPU_BF16_ATTENTION  # noqa: E402
 from recipes.labels import NUM_TARGETS, TARGET_GROUPS, dense_labels, regression_errors, regression_targets  # noqa: E402
 from recipes.model import build_config, build_model, build_processor, build_tokenizer, load  # noqa: E402
 from recipes.optimizer import Muon, MuonWithAdamW, orthogonalize  # noqa: E402
-from recipes.packing import PackedSamples, answer_index, encode, model_inputs, pack  # noqa: E402
+from recipes.packing import PackedSamples, answer_index, encode, pack  # noqa: E402
 from recipes.questions import Accepted, is_correct, thousandths  # noqa: E402
 from recipes.stages import STAGES, available_stages, set_trainable  # noqa: E402
 from recipes.tasks import ALL_TASKS, DESCRIBE, PAGE, TASKS, Sample, make_sample  # noqa: E402
@@ -133,38 +133,12 @@ def test_answers_and_visual_tokens_have_labels(processor, task):
     assert one.regression_targets[~is_visual].isnan().all()
 
 
-def test_training_ids_begin_like_the_ids_that_chat_sees(model, processor, monkeypatch):
-    sample = make_sample("scene", 1, 0.3)
-    conversation = encode(sample, processor).conversation
-    prompt = int((conversation.labels != IGNORE_INDEX).nonzero()[0])
-    seen = []
-    monkeypatch.setattr(model, "generate", lambda **inputs: seen.append(inputs) or inputs["input_ids"])
-    model.chat(processor.tokenizer, sample.images, sample.turns[0][0])
-    assert torch.equal(seen[0]["input_ids"][0], conversation.input_ids[:prompt])
-    assert torch.equal(seen[0]["pixel_values"], conversation.images["pixel_values"])
-
-
-def test_packed_samples_do_not_see_each_other(model, processor):
-    samples = encoded(processor, "text", "text_only", "scene", "two_images", "two_turns")
-    rows = (samples[:2], samples[2:])
-    batch = pack(rows, processor.tokenizer.pad_token_id)
-    with torch.no_grad():
-        packed = model(**model_inputs(batch)).logits
-        for row, in_row in enumerate(rows):
-            start = 0
-            for sample in in_row:
-                alone = model(sample.conversation.input_ids[None], **sample.conversation.images).logits[0]
-                assert relative_error(packed[row, start : start + sample.num_tokens], alone) < 1e-5
-                start += sample.num_tokens
-    tasks = [sample.task for sample in samples for _ in range(sample.num_answers)]
-    assert batch["task_index"].tolist() == tasks and len(tasks) > len(samples)
-
-
 def test_answers_weigh_alike_whatever_their_length_and_pages_have_none(processor):
     batch = pack([encoded(processor, "grounding", PAGE, "text_only", "receipt")], processor.tokenizer.pad_token_id)
     answer, is_dense = answer_index(batch["labels"]), batch["dense_labels"] >= 0
     assert (batch["loss_weight"] > 0).equal((answer >= 0) | is_dense) and not ((answer >= 0) & is_dense).any()
-    assert ALL_TASKS.index(PAGE) not in batch["task_index"]
+    tasks = [ALL_TASKS[task] for task in batch["task_index"]]
+    assert tasks == ["grounding"] * tasks.count("grounding") + ["text_only"] + ["receipt"] * tasks.count("receipt")
     for index in range(len(batch["task_index"])):
         weight = batch["loss_weight"][answer == index]
         assert torch.allclose(weight, torch.full_like(weight, len(weight) ** -0.5))
@@ -304,23 +278,6 @@ def test_cells_of_a_chart_hold_the_value_of_their_column(processor):
     [row] = {tuple(row) for row in values[1:4].tolist()}
     assert [value for value, _ in itertools.groupby(row)] == pytest.approx([-1, 0.35, 0.07, 0.81])
     assert (targets["text_position"][values == -1] >= 0).any()  # labels outside the frame
-
-
-def test_counts_are_answers_to_questions():
-    """Of the shapes that a question names: of a color and kind, of a kind, in all."""
-    checked = [0, 0, 0]
-    for seed in range(90):
-        sample = make_sample("scene", seed, 1.0)
-        [picture] = sample.pictures
-        colors, kinds = ({one.box: one.text for one in picture.annotations[start::2]} for start in (0, 1))
-        for box, numbers in labels.shape_targets(picture).items():
-            names = (f"{colors[box]} {kinds[box]}s", f"{kinds[box]}s", "shapes")
-            counts = [number * labels.MAX_SHAPES for number in numbers[TARGET_GROUPS["box_sides"] :]]
-            for place, (question, answer) in itertools.product(range(3), sample.turns):
-                if question.startswith((f"How many {names[place]} ", f"Count the {names[place]}.")):
-                    assert round(counts[place]) == int(answer)
-                    checked[place] += 1
-    assert min(checked) > 10
 
 
 def test_regression_errors_are_mean_distances_from_the_targets():
@@ -569,15 +526,14 @@ def test_timed_learning_rate_rises_stays_and_falls(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stages_train_what_the_paper_says(model, stage):
-    model = copy.deepcopy(model)
-    names = {name for name, _ in model.named_parameters()}
-    set_trainable(model, stage)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    text_attention = {name for name in names if ".self_attn.text." in name}
-    visual = {name for name in names if any(part in name for part in (".visual.", "vision_model.", "connector."))}
-    assert text_attention and visual
-    assert trained == {"text": names - visual, "s1.1": visual, "s1.2": visual | text_attention}.get(stage, names)
+def test_stages_train_those_of_the_paper_or_the_language_model(model, stage):
+    trained = copy.deepcopy(model)
+    set_trainable(trained, stage)
+    if stage != "text":
+        model.set_training_stage("s2" if stage.startswith("s2.") else stage)
+    for (name, parameter), expected in zip(trained.named_parameters(), model.parameters(), strict=True):
+        is_visual = any(part in name for part in (".visual.", "vision_model.", "connector."))
+        assert parameter.requires_grad == (not is_visual if stage == "text" else expected.requires_grad)
 
 
 @pytest.mark.parametrize(
