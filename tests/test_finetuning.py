@@ -1,6 +1,7 @@
 """Fine-tuning: batches, stages, Trainer, LoRA, and two processes that train as one."""
 
 import json
+import re
 import shutil
 import sys
 from functools import partial
@@ -387,3 +388,14 @@ def test_example_on_two_processes_logs_the_losses_of_one(recordings, conversatio
     torchrun("examples/finetune.py", *options, "--output", two, "--batch-size", 1)
     for row, expected in zip(read_log(two), read_log(one), strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
+
+
+def test_python_of_the_training_guide_runs(recordings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recorded_image(60, 40, 1).save("photo.jpg")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
+    script = "\n".join(blocks).replace("weights/navil-2b", str(recordings["internlm2"].folder))
+    names = {}
+    exec(compile(script, "docs/training.md", "exec"), names)
+    assert names["model"].language_model.layers[0].self_attn.text.q_proj.weight.grad.abs().sum() > 0
+    assert "pixel_values" in next(iter(names["trainer"].get_train_dataloader()))
