@@ -263,7 +263,7 @@ def test_evaluation_loss_of_trainer(recording, tmp_path):
 
 @pytest.fixture
 def conversations(tmp_path):
-    """The examples as a JSONL file beside their pictures."""
+    """The examples as a JSONL file, with their pictures in the same folder."""
     lines = []
     for number, one in enumerate(mixed_examples()):
         for part in one["messages"][0]["content"]:
