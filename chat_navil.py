@@ -306,7 +306,7 @@ class NaViLChat:
         [text] = expand_image_slots([prompt], [[] for _ in plans], cell, allow_control_tokens)
         num_tokens = count_tokens(tokenizer, text, self.config.text_config.context_length)
         num_tokens += sum(count_slot_tokens(of_image, cell) - 2 for of_image in scales)  # <img> and </img> are counted
-        self.check_context(num_tokens, plans, is_exact=len(text) <= PIECE_LENGTH)
+        self.check_context(num_tokens, plans)
         [prompt] = expand_image_slots([prompt], scales, cell, allow_control_tokens)
         input_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
         return input_ids.to(self.device)
@@ -438,17 +438,19 @@ def whole_numbers(name: str, values: Any) -> Tensor:
 
 
 def count_tokens(tokenizer: Any, text: str, limit: int) -> int:
-    """Tokens of a text, or a lower bound for a long one.
+    """Tokens of a text; a lower bound for one of several pieces, as a cut may add tokens.
 
-    A text far beyond the limit would take gigabytes, so pieces are tokenized until the limit is passed; a cut may add
-    tokens, which are not counted.
+    Raises:
+        ValueError: the pieces so far pass the limit. A text far beyond it would take gigabytes.
     """
     num_tokens = 0
     for start in range(0, len(text), PIECE_LENGTH):
         piece = text[start : start + PIECE_LENGTH]
         num_tokens += len(tokenizer(piece, add_special_tokens=False).input_ids) - (TOKENS_PER_CUT if start else 0)
-        if num_tokens > limit:
-            break
+        if num_tokens > limit and start + PIECE_LENGTH < len(text):
+            raise ValueError(
+                f"the prompt has more than {num_tokens} tokens but the context holds {limit}: shorten the text"
+            )
     return num_tokens
 
 

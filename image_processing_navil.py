@@ -35,10 +35,10 @@ DOWNLOAD_TIMEOUT = 30  # seconds
 DRAFT_MARGIN = 2  # a JPEG decoded at a fraction of its size keeps sides of this many times the largest scale's
 PATCHES_AT_ONCE = 64  # normalized together, so that temporary arrays stay in the CPU's cache
 
-Source = Image.Image | str | bytes  # a picture, or the path or the bytes of an image file
+Source = Image.Image | str | bytes  # a picture, or the path or bytes of an image file
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "num_scales")
 IMAGE_KEYS = ("image", "bytes", "base64", "url", "image_url", "path")
-"""Where a dict holds its image; the first one counts, as the `path` beside a dataset's `bytes` may be a mere name."""
+"""Keys of a dict that hold its image. The first one counts: the `path` next to a data set's `bytes` may not exist."""
 URL_SCHEMES = ("http://", "https://", "file://", "data:")
 CALL_SETTINGS = ("min_pixels", "max_pixels", "scale_downsample_ratio", "multi_scale")
 SETTINGS = ("patch_size", "merge_size", *CALL_SETTINGS, "image_mean", "image_std")
@@ -47,8 +47,8 @@ RELEASED_SETTINGS = {
     **dict.fromkeys(("do_convert_rgb", "do_pad", "do_rescale", "do_normalize"), True),
     **dict.fromkeys(("do_resize", "do_center_crop"), False),
 }
-"""transformers' usual switches, with the only values that NaViL was trained with. Images are always resized to fit the
-pixel budget; `do_resize` would then distort them to whole cells, where `do_pad` pads them."""
+"""Switches of transformers' image processors, with the values that NaViL was trained with. Images are always resized to
+the pixel budget and then padded to whole cells; `do_resize` would stretch them to whole cells instead."""
 
 
 def number(value: Any) -> int | float:
@@ -87,11 +87,7 @@ def check_switches(settings: Mapping[str, Any], allowed: Sequence[str]) -> None:
 
 
 def flatten_images(images: Any, depth: int = 2) -> list[Any]:
-    """One image, any iterable of images or one of such iterables, as a flat list; a 4-D array is a batch of images.
-
-    Raises:
-        ValueError: deeper nesting.
-    """
+    """One image, or an iterable of images or of such iterables, as a flat list; a 4-D array is a batch of images."""
     if getattr(images, "ndim", None) == 4:
         return list(images)
     is_image = isinstance(images, str | bytes | bytearray | memoryview | Mapping)
@@ -103,13 +99,11 @@ def flatten_images(images: Any, depth: int = 2) -> list[Any]:
 
 
 def image_source(image: Any) -> tuple[Any, dict[str, Any]]:
-    """The image in a dict, and the `min_pixels` and `max_pixels` that the dict sets for it; else `image` itself.
+    """The image in a dict and the `min_pixels` and `max_pixels` that the dict sets for it, or `image` itself.
 
-    A dict is a message's part, `{"type": "image", "image": ...}` or `{"type": "image_url", "image_url": {"url": ...}}`,
-    or a data set's `{"bytes": ..., "path": ...}`; keys that are None do not count.
-
-    Raises:
-        ValueError: a dict without an image.
+    A dict is a part of a message, `{"type": "image", "image": ...}` or
+    `{"type": "image_url", "image_url": {"url": ...}}`, or a data set's `{"bytes": ..., "path": ...}`. Keys that are
+    None do not count.
     """
     own_budget: dict[str, Any] = {}
     while isinstance(image, Mapping):
@@ -127,7 +121,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def load_image(image: Any, input_data_format: str | None = None) -> Image.Image:
-    """Any image a caller may hold, as an upright RGB picture.
+    """Any image a caller may hold, upright and in RGB.
 
     Args:
         image: a PIL image; a path; a `file://`, `http(s)://` or `data:` URL; base64 text; the bytes of an image file
@@ -143,17 +137,18 @@ def load_image(image: Any, input_data_format: str | None = None) -> Image.Image:
         ValueError: an unreadable source, one beyond Pillow's decompression-bomb limit, or an array of another kind.
     """
     image, _ = image_source(image)
-    with _named_in_errors(image):
-        return decode_image(_readable_source(image, input_data_format))
+    source, _ = measure_image(image, input_data_format)
+    with named_in_errors(image):
+        return decode_image(source)
 
 
 def measure_image(image: Any, input_data_format: str | None = None) -> tuple[Source, tuple[int, int]]:
     """An image as a source for `decode_image`, and its upright (height, width) in pixels.
 
-    Formats that say their size and orientation in front of the pixels are not decoded. A download is kept as bytes.
+    Where the file's header gives both, no pixel is decoded. A download is kept as bytes.
     """
-    with _named_in_errors(image):
-        source = _readable_source(image, input_data_format)
+    with named_in_errors(image):
+        source = readable_source(image, input_data_format)
         if isinstance(source, Image.Image):
             return source, _upright_size(source, source.getexif())
         with _open(source) as file:
@@ -178,7 +173,7 @@ def decode_image(source: Source, max_pixels: float = math.inf) -> Image.Image:
 
 
 @contextmanager
-def _named_in_errors(image: Any) -> Iterator[None]:
+def named_in_errors(image: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Pillow's decoders raise whatever they run into
@@ -187,7 +182,7 @@ def _named_in_errors(image: Any) -> Iterator[None]:
         raise ValueError(f"cannot read an image from {name}: {str(error) or type(error).__name__}") from error
 
 
-def _readable_source(image: Any, input_data_format: str | None) -> Source:
+def readable_source(image: Any, input_data_format: str | None) -> Source:
     """A picture, or the path or bytes of an image file. A file that the caller opened stays open."""
     if isinstance(image, Image.Image):
         return image
@@ -218,7 +213,7 @@ def _open(source: str | bytes) -> Image.Image:
 
 
 def _is_measured_by_header(file: Image.Image) -> bool:
-    """Whether an opened file says its size and orientation in front of its pixels."""
+    """Whether the header of an opened file gives its size and orientation."""
     if file.format != "PNG":
         return file.format in ("JPEG", "MPO", "WEBP", "GIF", "BMP")
     begin, has_pixels = file.fp.tell(), False
@@ -248,7 +243,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """As Pillow converts, but where that would saturate or guess."""
+    """As Pillow converts, except where Pillow would saturate or guess."""
     mode = image.mode
     if mode == "RGB":
         return image
@@ -451,11 +446,11 @@ class NaViLImageProcessor(BaseImageProcessor):
         return super().from_dict(image_processor_dict | {name: kwargs.pop(name) for name in names}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without the class's name, of which transformers 4 would warn at each load."""
+        """As in transformers, without the class's name: transformers 4 would warn about it at each load."""
         return {name: value for name, value in super().to_dict().items() if name != "image_processor_type"}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles as the class that the module has now: an Auto class may execute an imported module again."""
+        """Pickles as the class that the module has now: Auto classes may execute an imported module again."""
         old = type(self)
         return object.__new__, (getattr(sys.modules.get(old.__module__), old.__qualname__, old),), self.__dict__
 
@@ -465,11 +460,7 @@ class NaViLImageProcessor(BaseImageProcessor):
         return self.patch_size * self.merge_size
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **settings: Any) -> BatchFeature:
-        """Packs one image or a (nested) list of images; settings and errors are those of `plan`, the result of `pack`.
-
-        Args:
-            return_tensors: `"pt"`, `"np"` or None (NumPy arrays).
-        """
+        """`plan`, whose settings it takes, and `pack` in one; `return_tensors` is `"pt"`, `"np"` or None (NumPy)."""
         return self.pack(self.plan(images, **settings), return_tensors)
 
     def plan(
@@ -526,9 +517,7 @@ class NaViLImageProcessor(BaseImageProcessor):
             )
         return plans
 
-    def context_error(
-        self, num_tokens: int, context_length: int, plans: Sequence[ImagePlan], is_exact: bool = True
-    ) -> ValueError:
+    def context_error(self, num_tokens: int, context_length: int, plans: Sequence[ImagePlan]) -> ValueError:
         """The error for a prompt that is too long, advising a `max_pixels` with which its images fit."""
         plans = [plan for plan in plans if plan.source is not None] or plans  # packed ones stay as they are
         images = f"its {len(plans)} image{'s' * (len(plans) > 1)}"
@@ -541,8 +530,7 @@ class NaViLImageProcessor(BaseImageProcessor):
             advice = f"{images} would fit with max_pixels={self.fitting_max_pixels(plans, room)}"
         if advice.endswith("None"):
             advice = f"{images} do not fit even at min_pixels; give fewer, shorten the text or lower min_pixels"
-        count = num_tokens if is_exact else f"more than {num_tokens}"
-        return ValueError(f"the prompt has {count} tokens but the context holds {context_length}: {advice}")
+        return ValueError(f"the prompt has {num_tokens} tokens but the context holds {context_length}: {advice}")
 
     def fitting_max_pixels(self, plans: Sequence[ImagePlan], max_tokens: int) -> int | None:
         """The largest `max_pixels` that bisection finds with which the images' slots take at most `max_tokens`.
@@ -577,43 +565,29 @@ class NaViLImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: a damaged image.
         """
-        packed, grids = [], []
+        scales = [scale for plan in plans for scale in plan.scales]
+        grids = np.array([[1, *(self.merge_size * math.ceil(side / self.cell) for side in scale)] for scale in scales])
+        num_patches = grids.prod(1)
+        packed = np.empty((num_patches.sum(), 3 * self.patch_size**2), dtype=np.float32)
+        parts = iter(np.split(packed, num_patches.cumsum()[:-1]))
         with ThreadPoolExecutor() as pool:  # Pillow resizes without holding the interpreter's lock
             for plan in plans:
-                with _named_in_errors(plan.image):
+                with named_in_errors(plan.image):
                     image = decode_image(plan.source, plan.max_pixels)
-                own_grids = [[1, *(self.merge_size * math.ceil(side / self.cell) for side in s)] for s in plan.scales]
-                packed.append(self._pack_scales(image, plan.scales, own_grids, pool))
-                grids += own_grids
-        features = {
-            "pixel_values": packed[0] if len(packed) == 1 else np.concatenate(packed),
-            "image_grid_thw": np.array(grids, np.int64),
-            "num_scales": np.array([len(plan.scales) for plan in plans], np.int64),
-        }
+                own_parts = [next(parts) for _ in plan.scales]
+                # The largest scale takes longest, so it starts first; `list` raises what was raised in a thread.
+                list(pool.map(partial(self._write_patches, image), plan.scales[::-1], own_parts[::-1]))
+        num_scales = np.array([len(plan.scales) for plan in plans])
+        features = {"pixel_values": packed, "image_grid_thw": grids, "num_scales": num_scales}
         return BatchFeature(features, tensor_type=return_tensors)
 
     def _budget(self, min_pixels: Any = None, max_pixels: Any = None) -> tuple[Any, Any]:
-        """Both ends of a budget of which one may be given: the default of the other end gives way to it."""
+        """Both ends of a budget; if only one is given, the default of the other end moves to keep min <= max."""
         if min_pixels is None:
             min_pixels = self.min_pixels if max_pixels is None else min(self.min_pixels, number(max_pixels))
         if max_pixels is None:
             max_pixels = max(self.max_pixels, number(min_pixels))
         return min_pixels, max_pixels
-
-    def _pack_scales(
-        self,
-        image: Image.Image,
-        scales: Sequence[tuple[int, int]],
-        grids: Sequence[Sequence[int]],
-        pool: ThreadPoolExecutor,
-    ) -> np.ndarray:
-        """Patches (patches, 3 * p * p) of all scales of an image."""
-        ends = np.cumsum([math.prod(grid) for grid in grids])
-        packed = np.empty((ends[-1], 3 * self.patch_size**2), dtype=np.float32)
-        parts = np.split(packed, ends[:-1])
-        # The largest scale takes longest, so it starts first; `list` raises what was raised in a thread.
-        list(pool.map(partial(self._write_patches, image), scales[::-1], parts[::-1]))
-        return packed
 
     def _write_patches(self, image: Image.Image, size: tuple[int, int], patches: np.ndarray) -> None:
         """Fills in the patches (patches, 3 * p * p) of one scale, `size` being its (height, width) before padding."""

@@ -6,7 +6,7 @@
 
 In every decoder layer a token meets the projections and the FFN of its own modality; norms, rotary positions and the
 causal attention over all tokens are shared (paper, section 3). No router: a token is visual iff it is `<IMG_CONTEXT>`
-or `<img>` and `pixel_values` is given (reference §4).
+or `<img>` and `pixel_values` is given.
 
 Shapes: B batch, L tokens of a sequence, T = B*L tokens, V visual tokens (merged cells), N patches, S scales
 (each scale of each frame is an attention segment), D hidden size, H heads, K key/value heads, E head dimension.
@@ -366,7 +366,7 @@ class NaViLPreTrainedModel(PreTrainedModel):
 
 
 class NaViLVisionModel(NaViLPreTrainedModel):
-    """ViT over packed patches of any number of images and scales; no padding and no N x N mask (reference §2)."""
+    """ViT over packed patches of any number of images and scales; no padding and no N x N mask (paper, section 3)."""
 
     config_class = NaViLVisionConfig
     main_input_name = "pixel_values"
@@ -385,7 +385,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         """Features (V, merge**2, D_vision) of merged cells, in the config's `visual_token_order`.
 
         Args:
-            pixel_values: (N, 3*p*p) or (N, 3, p, p) patches, merge groups together (reference §5).
+            pixel_values: (N, 3*p*p) or (N, 3, p, p) patches, merge groups together.
             image_grid_thw: (S, 3) frames, rows and columns of each scale, in patches.
 
         Raises:
@@ -431,7 +431,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
 
 
 class NaViLConnector(nn.Module):
-    """Merges the patches of a cell into one visual token: pixel shuffle, LayerNorm, MLP (reference §3)."""
+    """Merges the patches of a cell into one visual token: pixel shuffle, LayerNorm, MLP (paper, section 3)."""
 
     def __init__(self, config: NaViLConfig):
         super().__init__()
@@ -804,7 +804,7 @@ def default_position_ids(attention_mask: Tensor | None, cache_position: Tensor) 
 def next_token_loss(
     logits: Tensor, labels: Tensor, loss_weight: Tensor | None = None, num_items: int | Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy of each position's logits against the next position's label (reference §8).
+    """Cross-entropy of each position's logits against the next position's label.
 
     Args:
         logits: (B, L, vocabulary).
@@ -839,7 +839,7 @@ TRAINING_STAGES = {
     "s1.2": ("vision_model.", "connector.", ".visual.", ".self_attn.text."),
     "s2": ("",),
 }
-"""The paper's stages and what the names of their trained parameters contain (section 4.2, reference §8)."""
+"""The paper's stages and what the names of their trained parameters contain (section 4.2)."""
 
 
 def check_slots(num_slots: int, num_visual_tokens: int) -> None:
@@ -978,15 +978,13 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         if load_in_8bit:  # a flag of the released examples, which transformers 5 does not take
             kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
         if use_flash_attn is not None:
+            if use_flash_attn and not is_flash_attn_2_available():
+                raise ValueError("use_flash_attn=True needs an NVIDIA GPU and the package flash-attn; or leave it out")
             implementation = "flash_attention_2" if use_flash_attn else "sdpa"
             # AutoModel puts the caller's choice into the config.
             given = getattr(kwargs.get("config"), "_attn_implementation_internal", None)
-            given = kwargs.setdefault("attn_implementation", given or implementation)
-            if given != implementation:
-                meant = f"use_flash_attn={use_flash_attn} means attn_implementation={implementation!r}"
-                raise ValueError(f"{meant}, but {given!r} is given too")
-            if use_flash_attn and not is_flash_attn_2_available():
-                raise ValueError("use_flash_attn=True needs an NVIDIA GPU and the package flash-attn; or leave it out")
+            if kwargs.setdefault("attn_implementation", given or implementation) != implementation:
+                raise ValueError(f"use_flash_attn={use_flash_attn} means attn_implementation={implementation!r}")
         loaded = super().from_pretrained(*args, **kwargs)
         if kwargs.get("subfolder") and kwargs.get("generation_config") is None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -1017,10 +1015,6 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """As `NaViLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw)
-
-    def get_visual_token_mask(self, input_ids: Tensor) -> Tensor:
-        """As `NaViLModel.get_visual_token_mask`."""
-        return self.model.get_visual_token_mask(input_ids)
 
     def init_special_token_ids(self, tokenizer: Any) -> None:
         """Reads the ids of `<IMG_CONTEXT>` and `<img>` off a tokenizer into the config.
@@ -1162,14 +1156,14 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         has_ids = prompt is not None and not prompt.is_floating_point()
         if has_images and has_ids and kwargs.get("visual_token_mask") is None:
             # Of the prompt alone: generated tokens are text, also when a forward without a cache sees them again.
-            kwargs["visual_token_mask"] = self.get_visual_token_mask(prompt)
+            kwargs["visual_token_mask"] = self.model.get_visual_token_mask(prompt)
         return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def check_context(self, num_tokens: int, plans: Sequence[ImagePlan] = (), is_exact: bool = True) -> None:
+    def check_context(self, num_tokens: int, plans: Sequence[ImagePlan] = ()) -> None:
         """Raises a ValueError for a prompt with more tokens than the context holds, and advises how its images fit."""
         limit = self.config.text_config.context_length
         if num_tokens > limit:
-            raise self.image_processor.context_error(num_tokens, limit, plans, is_exact)
+            raise self.image_processor.context_error(num_tokens, limit, plans)
 
     def _check_prompts(self, prompts: Tensor, inputs: dict[str, Any]) -> None:
         """As `check_context`, for the longest row of prompts (B, L), or embeddings (B, L, D)."""
@@ -1245,27 +1239,20 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         if expand_size > 1 and packed["pixel_values"] is not None:
             new_tokens = input_ids[:, num_cached_tokens(inputs) :]
             if self._slots(new_tokens).any():  # else the cache holds the images already
-                packed = self._repeat_images(new_tokens, expand_size, **packed)
+                packed = self._repeat_images(new_tokens, expand_size, *list(packed.values())[:2])
         input_ids, inputs = super()._expand_inputs_for_generation(expand_size, input_ids=input_ids, **inputs)
         return input_ids, inputs | {name: value for name, value in packed.items() if value is not None}
 
     def _repeat_images(
-        self, input_ids: Tensor, times: int, pixel_values: Tensor, image_grid_thw: Tensor, num_scales: Tensor | None
-    ) -> dict[str, Tensor | None]:
-        row_of_scale, num_rows = self._row_of_scale(input_ids, image_grid_thw), len(input_ids)
-
-        def repeat(x: Tensor, counts: list[int]) -> Tensor:
-            return torch.cat([of_row for of_row in x.split(counts) for _ in range(times)])
-
-        scales_per_row = row_of_scale.bincount(minlength=num_rows).tolist()
-        patches_per_row = [int(grids.prod(-1).sum()) for grids in image_grid_thw.split(scales_per_row)]
-        if num_scales is not None:
-            row_of_image = row_of_scale[num_scales.cumsum(0) - 1]
-            num_scales = repeat(num_scales, row_of_image.bincount(minlength=num_rows).tolist())
+        self, input_ids: Tensor, times: int, pixel_values: Tensor, image_grid_thw: Tensor
+    ) -> dict[str, Tensor]:
+        row_of_scale = self._row_of_scale(input_ids, image_grid_thw)
+        scales = [(row_of_scale == row).nonzero().flatten().tolist() for row in range(len(input_ids))]
+        repeated = [scale for of_row in scales for _ in range(times) for scale in of_row]
+        patches = pixel_values.split(image_grid_thw.prod(-1).tolist())
         return {
-            "pixel_values": repeat(pixel_values, patches_per_row),
-            "image_grid_thw": repeat(image_grid_thw, scales_per_row),
-            "num_scales": num_scales,
+            "pixel_values": torch.cat([patches[scale] for scale in repeated]),
+            "image_grid_thw": image_grid_thw[repeated],
         }
 
     def _row_of_scale(self, input_ids: Tensor, image_grid_thw: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tokenizer, chat templates and image slots of NaViL (reference §6).
+"""Tokenizer, chat templates and image slots of NaViL (docs/architecture.md).
 
 messages -> chat template -> prompt with one `<image>` per image
          -> image slots   -> prompt with one `<IMG_CONTEXT>` per visual token -> ids
@@ -25,7 +25,7 @@ IMAGE_TOKENS = (
     *("</box>", "<box>", "<IMG_CONTEXT>", "</img>", "<img>", "</quad>", "<quad>", "</ref>", "<ref>"),
     *("<img_uncond>", "<IMG_LINE_BREAK>", "<IMG_FRAME_BREAK>"),
 )
-"""The 12 image tokens, in the row order of the released `special_token_embedding` table (reference §4)."""
+"""The 12 image tokens, in the row order of the released `special_token_embedding` table."""
 
 SLOT_TOKENS = (IMAGE_START_TOKEN, IMAGE_TOKEN, "<IMG_LINE_BREAK>", "<IMG_FRAME_BREAK>", "</img>", "<img_uncond>")
 """Image tokens that only the package writes; the others mark grounded answers and are content."""

@@ -11,6 +11,8 @@ from conftest import FIXTURES, recorded_image
 from fuzzing import damaged_files, fuzz
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
 from navil.image_processing_navil import (
     ImagePlan,
     NaViLImageProcessor,
@@ -21,7 +23,6 @@ from navil.image_processing_navil import (
     plan_scales,
 )
 from navil.tokenization_navil import image_slot
-from PIL import Image, ImageFile
 
 CRASHES = sorted((FIXTURES / "crashes").iterdir())
 GRADIENT = np.add.outer(np.arange(0, 160, 8), np.arange(0, 90, 3)).astype(np.uint8)  # 20 x 30

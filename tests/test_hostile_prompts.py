@@ -10,11 +10,11 @@ from conftest import FIXTURES, ROOT, recorded_image
 from fuzzing import GROUNDING, SPECIAL, fuzz, texts
 from hypothesis import example, given
 from hypothesis import strategies as st
-from navil.image_processing_navil import NaViLImageProcessor, count_slot_tokens, plan_scales
-from navil.tokenization_navil import CONTROL_TOKENS, IMAGE_PLACEHOLDER, NaViLTokenizer
 from transformers import AutoTokenizer
 
 import convert_checkpoint as converter
+from navil.image_processing_navil import NaViLImageProcessor, count_slot_tokens, plan_scales
+from navil.tokenization_navil import CONTROL_TOKENS, IMAGE_PLACEHOLDER, NaViLTokenizer
 
 ROLES = ("user", "assistant", "system", "tool")
 

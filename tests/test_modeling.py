@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from conftest import refused, relative_error
-from navil.configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from navil import modeling_navil as modeling
+from navil.configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 
 SIZE = {"hidden_size": 64, "intermediate_size": 96}
 TEXT = {**SIZE, "vocab_size": 200, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

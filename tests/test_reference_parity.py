@@ -42,7 +42,7 @@ def test_losses(recording, case):
 @pytest.mark.parametrize("case", WITH_IMAGES)
 def test_visual_token_mask(recording, case):
     tensors = recording.tensors(case)
-    mask = recording.model.get_visual_token_mask(tensors["input_ids"])
+    mask = recording.model.model.get_visual_token_mask(tensors["input_ids"])
     assert torch.equal(mask, tensors["visual_token_mask"].bool())
 
 

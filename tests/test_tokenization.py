@@ -7,6 +7,10 @@ import shutil
 import pytest
 import sentencepiece
 from conftest import FIXTURES, ROOT
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, Qwen2Tokenizer
+
+import convert_checkpoint as converter
 from navil.tokenization_navil import (
     CONTROL_TOKENS,
     DEFAULT_SYSTEM_MESSAGE,
@@ -16,10 +20,6 @@ from navil.tokenization_navil import (
     expand_image_slots,
     image_slot,
 )
-from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, Qwen2Tokenizer
-
-import convert_checkpoint as converter
 
 SENTENCEPIECE_FOLDERS = ("tokenizer_internlm2", "tokenizer_internlm2_dummy_prefix")
 
