@@ -1,12 +1,13 @@
 """Text from a user never becomes a control token, and a prompt beyond the context is refused with what would fit."""
 
+import itertools
 import random
 import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, recorded_image
+from conftest import FIXTURES, recorded_image, refused
 from fuzzing import GROUNDING, SPECIAL, fuzz, texts
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -20,13 +21,12 @@ ROLES = ("user", "assistant", "system", "tool")
 
 
 @pytest.fixture(scope="module")
-def tokenizers(recordings, tmp_path_factory) -> list[NaViLTokenizer]:
-    """The two recordings', the embedded model's, and InternLM2's SentencePiece."""
-    found = [recording.tokenizer for recording in recordings.values()]
-    found.append(AutoTokenizer.from_pretrained(ROOT, subfolder="tiny", trust_remote_code=True))
+def tokenizers(recordings, tiny, tmp_path_factory) -> list[NaViLTokenizer]:
+    """The two recordings', the embedded checkpoint's, and InternLM2's SentencePiece."""
     folder = tmp_path_factory.mktemp("tokenizer") / "internlm2"
     assert converter.main(["tokenizer", str(FIXTURES / "tokenizer_internlm2"), str(folder)]) == 0
-    return [*found, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)]
+    sentencepiece = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return [*(recording.tokenizer for recording in recordings.values()), tiny.tokenizer, sentencepiece]
 
 
 def control_ids(tokenizer: NaViLTokenizer) -> set[int]:
@@ -98,15 +98,24 @@ def test_chat_prompts_too(recordings, question, history, num_images):
         assert controls(tokenizer, ids) == controls(tokenizer, expected)
 
 
-@pytest.mark.parametrize("token", SPECIAL)
+@pytest.mark.parametrize("token", sorted({*SPECIAL, *CONTROL_TOKENS}))
 def test_every_special_token_is_refused_wherever_it_is_typed(tokenizers, token):
-    for tokenizer in tokenizers:
-        if token not in tokenizer.get_vocab():
-            continue
-        half = len(token) // 2
-        for content in (token, [{"type": "text", "text": token[:half]}, {"type": "text", "text": token[half:]}]):
-            with pytest.raises(ValueError, match="reserved"):
-                tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    half = len(token) // 2
+    user, hello = {"role": "user", "content": f"a {token} b"}, {"role": "user", "content": "hello"}
+    in_halves = [{"type": "text", "text": text} for text in (token[:half], token[half:])]
+    places = {
+        "content": [user],
+        "part": [{"role": "user", "content": [{"type": "text", "text": token}]}],
+        "halves": [{"role": "user", "content": in_halves}],
+        "history": [hello, {**user, "role": "assistant"}, hello],
+        "batch": [[hello], [hello, {**user, "role": "assistant"}]],
+    }
+    known = [tokenizer for tokenizer in tokenizers if token in tokenizer.get_vocab()]
+    assert known
+    for tokenizer, messages in itertools.product(known, places.values()):
+        with refused("reserved"):
+            tokenizer.apply_chat_template(messages, tokenize=False)
+        assert token in str(tokenizer.apply_chat_template(messages, tokenize=False, allow_control_tokens=True))
 
 
 @fuzz
