@@ -114,12 +114,7 @@ def test_missing_weights_alone_are_initialized(recording, tmp_path):
     assert loaded["model.connector.fc1.weight"].std().item() == pytest.approx(0.02, rel=0.1)
 
 
-TEXTS = [
-    "What is in this picture?",
-    " 10 + 2  = 12.\n",
-    "你好，世界 <ref>a</ref><box>[[1, 2]]</box>",
-    "naïve 🙂",
-]
+TEXTS = ["What is in this picture?", " 10 + 2  = 12.\n", "你好，世界 <ref>a</ref><box>[[1, 2]]</box>", "naïve 🙂"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
