@@ -1,5 +1,6 @@
 """Odd and hostile pictures: a right result or a ValueError, and no more memory than the pixel budget allows."""
 
+import io
 import struct
 import zlib
 
@@ -340,7 +341,15 @@ def test_numbers_that_are_no_pixels(value, place, dtype):
         load_image(array.reshape(3, 3, 3))
 
 
+def cut_off_image() -> Image.Image:
+    file = io.BytesIO()
+    recorded_image(50, 40, 3).save(file, "PNG")
+    return Image.open(io.BytesIO(file.getvalue()[:200]))
+
+
 NO_IMAGES = [
+    (cut_off_image(), "cannot read an image from <PIL"),
+    (Image.new("RGB", (0, 5)), "at least one pixel, got 0 x 5"),
     (None, "NoneType"),
     (b"\x89PNG", "cannot read an image from"),
     ({}, "needs one of image, bytes"),
