@@ -1,13 +1,9 @@
-"""Images to packed patches: the released grids and pixels, and every image its own budget (reference §5)."""
+"""Images to packed patches: the released grids and pixels, settings, and every form of an image."""
 
 import base64
 import hashlib
 import io
 import json
-import os
-import shutil
-import subprocess
-import sys
 import threading
 from decimal import Decimal
 from fractions import Fraction
@@ -16,22 +12,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, recorded_image
+from conftest import FIXTURES, recorded_image, refused
 from PIL import Image
 from safetensors.torch import load_file
 
-from navil.image_processing_navil import NaViLImageProcessor, load_image, patchify, plan_scales
+from navil.image_processing_navil import NaViLImageProcessor, load_image, patchify
 
 FOLDER = FIXTURES / "image_processing"
 CASES = json.loads((FOLDER / "cases.json").read_text())
 
 
+BUDGET = {"min_pixels": 4096, "max_pixels": 65536}
+
+
 def processor_for(case: dict) -> NaViLImageProcessor:
-    return NaViLImageProcessor(
-        min_pixels=case["min_patches"] * 256,
-        max_pixels=case["max_patches"] * 256,
-        scale_downsample_ratio=case["ratio"],
-    )
+    budget = {"min_pixels": case["min_patches"] * 256, "max_pixels": case["max_patches"] * 256}
+    return NaViLImageProcessor(**budget, scale_downsample_ratio=case["ratio"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['width']}x{case['height']}")
@@ -53,12 +49,10 @@ def test_recorded_case(case):
 
 
 def test_one_scale_is_the_largest_of_many():
-    image = recorded_image(200, 130, 13)
-    processor = NaViLImageProcessor()
-    one = processor(image, return_tensors="pt", min_pixels=16 * 256, max_pixels=256 * 256)
-    many = processor(image, return_tensors="pt", min_pixels=16 * 256, max_pixels=256 * 256, multi_scale=True)
+    image, processor = recorded_image(200, 130, 13), NaViLImageProcessor()
+    one, many = (processor(image, **BUDGET, multi_scale=multi_scale) for multi_scale in (False, True))
     assert one["image_grid_thw"].tolist() == [[1, 10, 14]] == many["image_grid_thw"][-1:].tolist()
-    assert torch.equal(one["pixel_values"], many["pixel_values"][-140:])
+    assert np.array_equal(one["pixel_values"], many["pixel_values"][-140:])
 
 
 def test_every_image_has_its_own_budget():
@@ -72,27 +66,36 @@ def test_every_image_has_its_own_budget():
 
 
 def test_call_settings_override_the_constructor():
-    image = recorded_image(640, 480, 0)
-    by_constructor = NaViLImageProcessor(
-        min_pixels=4096, max_pixels=65536, scale_downsample_ratio=0.5, multi_scale=True
-    )(image)
-    by_call = NaViLImageProcessor()(
-        image, min_pixels=4096, max_pixels=65536, scale_downsample_ratio=0.5, multi_scale=True
-    )
+    image, settings = recorded_image(640, 480, 0), {**BUDGET, "scale_downsample_ratio": 0.5, "multi_scale": True}
+    by_constructor, by_call = NaViLImageProcessor(**settings)(image), NaViLImageProcessor()(image, **settings)
     assert np.array_equal(by_constructor["pixel_values"], by_call["pixel_values"])
     assert by_call["num_scales"].tolist() == [len(by_call["image_grid_thw"])] == [3]
 
 
-@pytest.mark.parametrize("tau", [0.9, 0.7071, 0.5])
-@pytest.mark.parametrize("size", [(64, 64), (1024, 300), (999, 2001)])
-def test_scales_shrink_strictly(size, tau):
-    sizes = plan_scales(*size, cell=32, min_pixels=4096, max_pixels=262144, tau=tau)
-    cells = [-(-height // 32) * -(-width // 32) for height, width in sizes]
-    assert cells == sorted(set(cells))
+def test_an_image_may_have_its_own_budget():
+    image, processor = recorded_image(300, 200, 0), NaViLImageProcessor(min_pixels=4096, multi_scale=True)
+    own = {"type": "image", "image": image, "max_pixels": torch.tensor(9000.0)}
+    both = processor([image, own, {"image": image, "min_pixels": None, "max_pixels": None}], max_pixels=30000)
+    large, small = processor(image, max_pixels=30000), processor(image, max_pixels=9000)
+    for name in ("num_scales", "pixel_values"):
+        assert np.array_equal(both[name], np.concatenate([features[name] for features in (large, small, large)]))
+    with refused("got 4096 and 100"):
+        processor({"image": image, "min_pixels": 4096, "max_pixels": 100})
+
+
+@pytest.mark.parametrize("given", [{"max_pixels": 4096}, {"min_pixels": 65536}], ids=str)
+def test_a_given_end_of_the_budget_moves_the_default_of_the_other(given):
+    image, processor = recorded_image(300, 200, 0), NaViLImageProcessor(min_pixels=16384, max_pixels=32768)
+    [value] = given.values()
+    expected = processor(image, min_pixels=value, max_pixels=value)["image_grid_thw"].tolist()
+    assert processor(image, **given)["image_grid_thw"].tolist() == expected
+    assert processor({"image": image, **given})["image_grid_thw"].tolist() == expected
+    with refused("need 0 < min_pixels <= max_pixels, got 5000 and 4096"):
+        processor(image, min_pixels=5000, max_pixels=4096)
 
 
 @pytest.mark.parametrize("patch_size", [4, 5])  # an even and an odd number of pixels
-def test_each_channel_is_normalised_by_its_own_mean_and_deviation(patch_size):
+def test_each_channel_is_normalized_by_its_own_mean_and_deviation(patch_size):
     mean, std = (0.48, 0.45, 0.4), (0.27, 0.26, 0.28)
     side = 6 * patch_size
     budget = {"min_pixels": patch_size**2, "max_pixels": side**2}
@@ -113,85 +116,58 @@ def test_patchify_keeps_merge_groups_together():
     assert corners[-1].tolist() == [6, 10]
 
 
-@pytest.mark.parametrize(
-    "convert",
-    [
-        lambda image: image,
-        np.asarray,
-        lambda image: np.asarray(image).transpose(2, 0, 1),
-        lambda image: np.asarray(image) / 255,
-        lambda image: torch.from_numpy(np.array(image)),
-        lambda image: image.convert("RGBA"),
-    ],
-    ids=["pil", "uint8", "channels-first", "float", "tensor", "rgba"],
-)
-def test_every_form_of_an_image_is_the_same_picture(convert):
-    image = recorded_image(50, 40, 3)
-    assert np.array_equal(np.asarray(load_image(convert(image))), np.asarray(image))
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+BAD_SETTINGS = [
+    ({"min_pixels": 100, "max_pixels": 99}, "100 and 99"),
+    ({"min_pixels": 0}, "0 and"),
+    ({"max_pixels": float("nan")}, "and nan"),
+    ({"max_pixels": "many"}, "could not convert string to float: 'many'"),
+    ({"scale_downsample_ratio": 1.0}, "1.0"),
+    ({"do_resize": True}, "do_resize must be False"),
+    ({"do_pad": False}, "do_pad must be True"),
+    ({"do_rescale": 0}, "do_rescale must be True"),
+    ({"size": {"height": 9}}, "no setting size={'height': 9}"),
+    ({"max_pixel": 300_000}, "no setting max_pixel=300000"),
+    ({"max_pixel": 300_000}, "min_pixels, max_pixels, scale_downsample_ratio, multi_scale"),
+    ({"patch_size": 16.5}, "patch_size must be a whole number of at least 1, got 16.5"),
+    ({"merge_size": 0}, "merge_size must be a whole number of at least 1, got 0"),
+    ({"image_mean": [0.5]}, "3 numbers each"),
+    ({"image_std": (0.5, 0, 0.5)}, "3 numbers each"),
+]
 
 
-def test_exif_orientation_is_applied(tmp_path):
-    image = recorded_image(60, 40, 3)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees
-    image.save(tmp_path / "turned.png", exif=exif)
-    assert load_image(tmp_path / "turned.png").size == (40, 60)
-    with Image.open(tmp_path / "turned.png") as opened:
-        assert load_image(opened).size == (40, 60)
-
-
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        (ROOT / "README.md", "cannot read an image from '.*README.md'"),
-        ("no/such/file.jpg", "cannot read an image from 'no/such/file.jpg'"),
-        (np.zeros((6, 4, 5), np.uint8), r"\(6, 4, 5\)"),
-        (np.zeros((0, 4, 3), np.uint8), r"\(0, 4, 3\)"),
-        (np.full((4, 4, 3), np.nan), "finite numbers between 0 and 1"),
-        (np.full((4, 4, 3), 255.0), "finite numbers between 0 and 1"),
-        (np.full((4, 4, 3), 256), "integers from 0 to 255"),
-        ({"type": "image", "image": None}, "needs one of image, bytes"),
-        (7, "int"),
-        ([], "at least one image"),
-    ],
-)
-def test_bad_image(image, message):
-    with pytest.raises(ValueError, match=message):
-        NaViLImageProcessor()(image)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"min_pixels": 100, "max_pixels": 99}, "100 and 99"),
-        ({"min_pixels": 0}, "0 and"),
-        ({"max_pixels": float("nan")}, "and nan"),
-        ({"max_pixels": "many"}, "could not convert string to float: 'many'"),
-        ({"scale_downsample_ratio": 1.0}, "1.0"),
-    ],
-)
-def test_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS, ids=str)
+def test_bad_settings_are_refused_by_constructor_from_pretrained_and_call(settings, message, tmp_path):
+    with refused(message):
         NaViLImageProcessor(**settings)
-    with pytest.raises(ValueError, match=message):
-        NaViLImageProcessor()(recorded_image(40, 40, 0), **settings)
+    if settings.keys().isdisjoint({"size", "max_pixel"}):  # transformers drops unknown settings here
+        NaViLImageProcessor().save_pretrained(tmp_path)
+        with refused(message):
+            NaViLImageProcessor.from_pretrained(tmp_path, **settings)
+    if settings.keys().isdisjoint({"patch_size", "merge_size", "image_mean", "image_std"}):
+        with refused(message):
+            NaViLImageProcessor()(recorded_image(40, 40, 0), **settings)
+
+
+def test_settings_given_to_from_pretrained_are_kept(tmp_path):
+    NaViLImageProcessor().save_pretrained(tmp_path)
+    loaded = NaViLImageProcessor.from_pretrained(tmp_path, max_pixels=np.int64(300_000), multi_scale=np.True_)
+    assert json.loads(loaded.to_json_string())["max_pixels"] == 300_000 and loaded.multi_scale is True
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    "switches",
     [
-        ({"patch_size": 16.5}, "patch_size must be a whole number of at least 1, got 16.5"),
-        ({"merge_size": 0}, "merge_size must be a whole number of at least 1, got 0"),
-        ({"image_mean": [0.5]}, "3 numbers each"),
-        ({"image_std": (0.5, 0, 0.5)}, "3 numbers each"),
+        {"do_resize": False, "do_pad": True},
+        {"do_convert_rgb": True, "do_rescale": np.True_, "do_normalize": torch.tensor(True), "size": None},
     ],
+    ids=str,
 )
-def test_bad_settings_of_the_constructor(settings, message):
-    with pytest.raises(ValueError, match=message):
-        NaViLImageProcessor(**settings)
+def test_released_switches_change_nothing(switches):
+    image, processor = recorded_image(90, 60, 0), NaViLImageProcessor(min_pixels=1024, max_pixels=4096)
+    assert np.array_equal(processor(image, **switches)["pixel_values"], processor(image)["pixel_values"])
 
-
-# -- numbers of any type -----------------------------------------------------------------------------------------------
 
 NUMBER_TYPES = {
     "int64": np.int64,
@@ -207,7 +183,7 @@ NUMBER_TYPES = {
 @pytest.mark.parametrize("convert", NUMBER_TYPES.values(), ids=NUMBER_TYPES)
 def test_numbers_of_every_type_are_the_same_setting(convert):
     image = recorded_image(300, 200, 0)
-    plain = NaViLImageProcessor(min_pixels=4096, max_pixels=65536, scale_downsample_ratio=0.5, multi_scale=True)
+    plain = NaViLImageProcessor(**BUDGET, scale_downsample_ratio=0.5, multi_scale=True)
     expected = plain(image)["pixel_values"]
     budget = {"min_pixels": convert(4096), "max_pixels": convert(65536)}
     tau = convert(0.5) if convert is not np.int64 else 0.5
@@ -226,34 +202,29 @@ def test_channel_values_are_any_three_numbers():
         assert NaViLImageProcessor(**json.loads(processor.to_json_string())).image_std == [0.25, 0.5, 1.0]
 
 
-def test_the_released_loop_over_scales_computes_budgets_with_torch():
-    image, processor = recorded_image(300, 200, 0), NaViLImageProcessor(min_pixels=4096, max_pixels=65536)
-    expected = processor(image, multi_scale=True)["image_grid_thw"].tolist()
-    grids, max_pixels = [], 65536
-    while max_pixels >= 4096:
-        [grid] = processor(image, return_tensors="pt", min_pixels=4096, max_pixels=max_pixels)["image_grid_thw"]
-        grids.append(grid.tolist())
-        max_pixels = grid.prod() * 16**2 * torch.tensor(0.7071**2)
-    assert grids[::-1] == expected and len(grids) > 2
-
-
 # -- forms of an image -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def chart(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "a chart.png"
+    path = tmp_path_factory.mktemp("pictures") / "a #1 ü.png"
     recorded_image(50, 40, 3).save(path)
     return path
+
+
+def as_base64(path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 FORMS = {
     "path": lambda path: path,
     "text": str,
+    "NumPy text": np.str_,
+    "PIL image": Image.open,
     "file url": lambda path: path.as_uri(),
     "unquoted file url": lambda path: f"file://{path}",
-    "data url": lambda path: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(),
-    "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
+    "data url": lambda path: "data:image/png;base64," + as_base64(path),
+    "base64": lambda path: as_base64(path),
     "base64 in lines": lambda path: base64.encodebytes(path.read_bytes()).decode(),
     "bytes": lambda path: path.read_bytes(),
     "bytearray": lambda path: bytearray(path.read_bytes()),
@@ -263,8 +234,10 @@ FORMS = {
     "dataset of paths": lambda path: {"bytes": None, "path": str(path)},
     "part": lambda path: {"type": "image", "image": path},
     "part with empty keys": lambda path: {"type": "image", "image": None, "text": None, "url": path.as_uri()},
-    "part with base64": lambda path: {"type": "image", "base64": base64.b64encode(path.read_bytes()).decode()},
+    "part with base64": lambda path: {"type": "image", "base64": as_base64(path)},
     "part with a dataset's image": lambda path: {"type": "image", "image": {"bytes": path.read_bytes(), "path": None}},
+    "part with an empty dataset's image": lambda path: {"path": str(path), "image": {"bytes": None, "path": None}},
+    "part with an empty URL": lambda path: {"path": str(path), "image_url": {"url": None, "detail": None}},
     "OpenAI's part": lambda path: {"type": "image_url", "image_url": {"url": path.as_uri(), "detail": "auto"}},
     "OpenAI's part in short": lambda path: {"type": "image_url", "image_url": path.as_uri()},
     "int64": lambda path: np.asarray(Image.open(path)).astype(np.int64),
@@ -312,19 +285,6 @@ def test_every_iterable_is_a_list_of_images(collect, chart, tmp_path):
     assert np.array_equal(processor(collect(images))["pixel_values"], processor(images)["pixel_values"])
 
 
-def test_an_image_may_have_its_own_budget():
-    image, processor = recorded_image(300, 200, 0), NaViLImageProcessor(min_pixels=4096, multi_scale=True)
-    own = {"type": "image", "image": image, "max_pixels": torch.tensor(9000.0)}
-    both = processor([image, own, {"image": image, "min_pixels": None, "max_pixels": None}], max_pixels=30000)
-    large, small = processor(image, max_pixels=30000), processor(image, max_pixels=9000)
-    assert both["num_scales"].tolist() == [*large["num_scales"], *small["num_scales"], *large["num_scales"]]
-    assert np.array_equal(
-        both["pixel_values"], np.concatenate([features["pixel_values"] for features in (large, small, large)])
-    )
-    with pytest.raises(ValueError, match="got 4096 and 100"):
-        processor({"image": image, "min_pixels": 4096, "max_pixels": 100})
-
-
 class Pictures(BaseHTTPRequestHandler):
     """Gives `picture`, under any name that ends with .png, to clients that say who they are."""
 
@@ -346,14 +306,10 @@ def test_downloads(chart, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Pictures) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/\u56fe 1.png"
-        assert (
-            load_image(url).tobytes()
-            == load_image({"type": "image", "url": url}).tobytes()
-            == load_image(chart).tobytes()
-        )
-        with pytest.raises(
-            ValueError, match=r"cannot read an image from 'http://127.*\.\.\..*x': HTTP Error 404"
-        ) as raised:
+        for form in (url, {"type": "image", "url": url}):
+            assert load_image(form).tobytes() == load_image(chart).tobytes()
+        shortened = r"cannot read an image from 'http://127.*\.\.\..*x': HTTP Error 404"
+        with pytest.raises(ValueError, match=shortened) as raised:
             load_image(f"http://127.0.0.1:{server.server_port}/{'x' * 1000}")
         assert len(str(raised.value)) < 200
         server.shutdown()
@@ -366,70 +322,3 @@ def test_a_long_source_is_cut_short_in_errors(text):
     with pytest.raises(ValueError, match="cannot read an image from") as raised:
         load_image(text)
     assert len(str(raised.value)) < 250
-
-
-# -- transformers' loading ---------------------------------------------------------------------------------------------
-
-
-def test_settings_given_to_from_pretrained_are_checked_and_kept(tmp_path):
-    NaViLImageProcessor().save_pretrained(tmp_path)
-    loaded = NaViLImageProcessor.from_pretrained(tmp_path, max_pixels=np.int64(300_000), multi_scale=np.True_)
-    assert json.loads(loaded.to_json_string())["max_pixels"] == 300_000 and loaded.multi_scale is True
-    for settings in ({"max_pixels": 1}, {"do_resize": True}):
-        with pytest.raises(ValueError, match="max_pixels|do_resize"):
-            NaViLImageProcessor.from_pretrained(tmp_path, **settings)
-
-
-IN_EITHER_ORDER = """
-import copy, pickle, sys, numpy, torch
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor
-def load(auto_class): return auto_class.from_pretrained(folder, trust_remote_code=True)
-for folder, model_first in zip(sys.argv[1:], (True, False)):
-    if model_first:
-        model, processor = load(AutoModel), load(AutoProcessor)
-    else:
-        processor, model = load(AutoProcessor), load(AutoModel)
-    for original in (model.image_processor, processor.image_processor, load(AutoImageProcessor)):
-        for clone in (pickle.loads(pickle.dumps(original)), copy.deepcopy(original)):
-            assert clone.to_dict() == original.to_dict()
-            assert clone(numpy.zeros((9, 9)))["num_scales"].tolist() == [1]
-    clone = pickle.loads(pickle.dumps(model))
-    assert all(map(torch.equal, clone.parameters(), model.parameters()))
-"""
-
-
-def test_a_model_is_pickled_in_either_order_of_loading_and_no_warning_is_printed(recordings, tmp_path):
-    folders = [
-        shutil.copytree(recordings["qwen3"].folder, tmp_path / name) for name in ("model_first", "processor_first")
-    ]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    run = subprocess.run(
-        [sys.executable, "-c", IN_EITHER_ORDER, *folders], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert "use_fast" not in run.stdout + run.stderr
-
-
-def test_paths_and_empty_dicts_as_people_write_them(tmp_path):
-    path = tmp_path / "a #1 ü.png"
-    recorded_image(60, 40, 0).save(path)
-    expected = NaViLImageProcessor()(path)["pixel_values"]
-    for form in (np.str_(path), f"file://{path}", path.as_uri()):
-        assert np.array_equal(NaViLImageProcessor()(form)["pixel_values"], expected)
-    for empty in ({"image": {"bytes": None, "path": None}}, {"image_url": {"url": None, "detail": None}}):
-        part = {"type": "image", "path": str(path), **empty}
-        assert np.array_equal(NaViLImageProcessor()(part)["pixel_values"], expected)
-
-
-def test_a_given_end_of_the_budget_moves_the_default_of_the_other():
-    image = recorded_image(300, 200, 0)
-    processor = NaViLImageProcessor(min_pixels=16384, max_pixels=32768)
-    for given, whole in (
-        ({"max_pixels": 4096}, {"min_pixels": 4096, "max_pixels": 4096}),
-        ({"min_pixels": 65536}, {"min_pixels": 65536, "max_pixels": 65536}),
-    ):
-        expected = processor(image, **whole)["image_grid_thw"].tolist()
-        assert processor(image, **given)["image_grid_thw"].tolist() == expected
-        assert processor({"image": image, **given})["image_grid_thw"].tolist() == expected
-    with pytest.raises(ValueError, match="need 0 < min_pixels <= max_pixels, got 5000 and 4096"):
-        processor(image, min_pixels=5000, max_pixels=4096)

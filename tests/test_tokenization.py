@@ -1,4 +1,4 @@
-"""Tokenizer: InternLM2's SentencePiece exactly, chat templates, image slots, nothing forged (reference §6)."""
+"""Tokenizer: InternLM2's SentencePiece exactly, chat templates, image slots."""
 
 import json
 import random
@@ -6,13 +6,12 @@ import shutil
 
 import pytest
 import sentencepiece
-from conftest import FIXTURES, ROOT
+from conftest import FIXTURES, ROOT, conversation, refused
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
 import convert_checkpoint as converter
 from navil.tokenization_navil import (
-    CONTROL_TOKENS,
     DEFAULT_SYSTEM_MESSAGE,
     IMAGE_TOKENS,
     NaViLTokenizer,
@@ -74,28 +73,17 @@ def test_qwen_vocabulary_files_equal_the_slow_tokenizer(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     converted = converter.convert_tokenizer(tmp_path)
     peer = Qwen2Tokenizer.from_pretrained(tmp_path)
-    for text in (
-        "Please describe the image.",
-        "<|im_start|>user\n人工智能 is <ref>it</ref>  12,5%<|im_end|>",
-        " \t\n x",
-    ):
+    for text in ("Please describe it.", "<|im_start|>user\n人工智能 is <ref>it</ref>  12,5%<|im_end|>", " \t\n x"):
         assert converted(text)["input_ids"] == peer(text)["input_ids"]
 
 
 def test_template_is_the_recorded_prompt(recording):
     recorded = recording.cases["text_only"]
-    messages = [{"role": "user", "content": recorded["question"]}]
-    prompt = recording.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert prompt == recorded["prompt"]
-    in_parts = [{"role": "user", "content": [{"type": "text", "text": recorded["question"]}]}]
-    with_system = [{"role": "system", "content": DEFAULT_SYSTEM_MESSAGE}, *in_parts]
-    for same in (in_parts, with_system):
-        assert recording.tokenizer.apply_chat_template(same, tokenize=False, add_generation_prompt=True) == prompt
-
-
-def rendered(template: str, system_message: str, messages: list[dict], **options) -> str:
-    tokenizer = blank_tokenizer(template=template, system_message=system_message)
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    text = [{"role": "user", "content": recorded["question"]}]
+    parts = conversation(recorded["question"])
+    for messages in (text, parts, [{"role": "system", "content": DEFAULT_SYSTEM_MESSAGE}, *parts]):
+        prompt = recording.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert prompt == recorded["prompt"]
 
 
 def blank_tokenizer(**options) -> NaViLTokenizer:
@@ -103,12 +91,15 @@ def blank_tokenizer(**options) -> NaViLTokenizer:
     return NaViLTokenizer(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)), **options)
 
 
+def rendered(template: str, system_message: str, messages: list[dict], **options) -> str:
+    tokenizer = blank_tokenizer(template=template, system_message=system_message)
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
 def test_templates_in_full():
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    ]
+    parts = [{"type": "image"}, {"type": "text", "text": "a"}]
+    turns = [("user", parts), ("assistant", "b"), ("user", "c")]
+    messages = [{"role": role, "content": content} for role, content in turns]
     assert rendered("internlm2-chat", "s'\\\n{{x}}", messages, add_generation_prompt=True) == (
         "<|im_start|>system\ns'\\\n{{x}}<|im_end|><|im_start|>user\n<image>\na<|im_end|>"
         "<|im_start|>assistant\nb<|im_end|><|im_start|>user\nc<|im_end|><|im_start|>assistant\n"
@@ -117,24 +108,25 @@ def test_templates_in_full():
         "<|im_start|>system\n<|im_end|><|im_start|>user\n<image>\na<|im_end|>"
         "<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|><|im_start|>user\nc<|im_end|>"
     )
-    with pytest.raises(ValueError, match="llama-chat"):
+    with refused("llama-chat"):
         chat_template("llama-chat")
 
 
-def test_thinking_is_left_to_the_model():
+def test_enable_thinking_leaves_thinking_to_the_model():
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    default, thinking = (
-        rendered("qwen3-chat", "s", messages, add_generation_prompt=True, enable_thinking=value)
-        for value in (False, True)
-    )
+    options = {"messages": messages, "add_generation_prompt": True}
+    default = rendered("qwen3-chat", "s", **options)
+    assert default == rendered("qwen3-chat", "s", **options, enable_thinking=False)
     assert default.endswith("b<|im_end|><|im_start|>assistant\n<think>\n\n</think>\n\n")
+    thinking = rendered("qwen3-chat", "s", **options, enable_thinking=True)
     assert thinking == default.removesuffix("<think>\n\n</think>\n\n")
-    with pytest.raises(ValueError, match="unknown keyword enable_thinking=True"):
+    with refused("unknown keyword enable_thinking=True"):
         rendered("internlm2-chat", "s", messages, enable_thinking=True)
 
 
-def test_system_message_and_template_at_load(tmp_path):
-    blank_tokenizer(template="qwen3-chat", system_message="Hi.").save_pretrained(tmp_path)
+def test_system_message_and_template_are_chosen_at_load_and_saved(tmp_path):
+    settings = {"template": "qwen3-chat", "system_message": "Hi.", "spaces_between_special_tokens": True}
+    blank_tokenizer(**settings).save_pretrained(tmp_path)
     messages = [{"role": "user", "content": "a"}]
 
     def prompt(call=None, **options):
@@ -142,11 +134,13 @@ def test_system_message_and_template_at_load(tmp_path):
         tokenizer.save_pretrained(tmp_path / "again")
         again = AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
         prompts = [t.apply_chat_template(messages, tokenize=False, **call or {}) for t in (tokenizer, again)]
-        assert prompts[0] == prompts[1]
+        assert prompts[0] == prompts[1] and again.chat_template == tokenizer.chat_template
         return prompts[0]
 
     start, end = "<|im_start|>system\n", "<|im_end|><|im_start|>user\na<|im_end|>"
     assert prompt() == f"{start}Hi.{end}"
+    saved = AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert {name: saved.init_kwargs[name] for name in settings} == settings and saved.spaces_between_special_tokens
     assert prompt(system_message='You are a "pirate".') == f'{start}You are a "pirate".{end}'
     assert prompt({"system_message": ""}, system_message="b") == f"{start}{end}"
     answered = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True, template="Hermes-2")
@@ -155,7 +149,7 @@ def test_system_message_and_template_at_load(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert prompt() == "a"
     assert prompt(template="qwen3-chat", system_message="c") == f"{start}c{end}"
-    with pytest.raises(ValueError, match="unknown keyword system_message='c'"):
+    with refused("unknown keyword system_message='c'"):
         prompt(system_message="c")
 
 
@@ -177,17 +171,9 @@ def test_truncation_and_padding_of_one_call_are_no_settings(recording, tmp_path)
     assert type(recording.processor)(recording.processor.image_processor, again)(text=text)["input_ids"][0] == expected
 
 
-def test_the_embedded_model_has_the_template_of_its_settings():
+def test_the_embedded_checkpoint_has_the_template_of_its_settings():
     saved = json.loads((ROOT / "tiny" / "tokenizer_config.json").read_text())
     assert saved["chat_template"] == chat_template(saved["template"], saved["system_message"])
-
-
-def test_settings_survive_saving(tmp_path):
-    tokenizer = blank_tokenizer(template="qwen3-chat", system_message="Hi.", spaces_between_special_tokens=True)
-    tokenizer.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
-    assert again.chat_template == tokenizer.chat_template == chat_template("qwen3-chat", "Hi.")
-    assert again.spaces_between_special_tokens and again.init_kwargs["system_message"] == "Hi."
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
@@ -201,7 +187,7 @@ def test_template_begins_as_the_tokenizer_does(tmp_path, add_bos):
     assert (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id) == add_bos
     assert tokenizer.pad_token == tokenizer.eos_token == "</s>"  # named by the SentencePiece model itself
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_eos_token": True}))
-    with pytest.raises(ValueError, match="add_eos_token=True"):
+    with refused("add_eos_token=True"):
         converter.convert_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "tokenizer.model").write_bytes(b"garbage")
@@ -210,8 +196,8 @@ def test_template_begins_as_the_tokenizer_does(tmp_path, add_bos):
 
 
 def test_missing_image_tokens_are_refused():
-    with pytest.raises(ValueError, match="lacks the tokens </quad>, <quad>"):
-        vocabulary = {token: index for index, token in enumerate((*IMAGE_TOKENS, "<|im_end|>")) if "quad" not in token}
+    vocabulary = {token: index for index, token in enumerate((*IMAGE_TOKENS, "<|im_end|>")) if "quad" not in token}
+    with refused("lacks the tokens </quad>, <quad>"):
         NaViLTokenizer(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)))
 
 
@@ -237,29 +223,5 @@ def test_slots_are_filled_in_order_over_all_texts():
     ],
 )
 def test_slots_that_do_not_match_are_refused(texts, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         expand_image_slots(texts, [[(2, 2), (4, 4)]], 2)
-
-
-@pytest.mark.parametrize("token", [*CONTROL_TOKENS, "<s>"])
-@pytest.mark.parametrize("place", ["content", "part", "history", "batch"])
-def test_control_tokens_in_messages_are_refused(recordings, token, place):
-    tokenizer = recordings["internlm2"].tokenizer
-    text = f"a {token} b"
-    user, assistant = {"role": "user", "content": "hello"}, {"role": "assistant", "content": text}
-    conversation = {
-        "content": [{"role": "user", "content": text}],
-        "part": [{"role": "user", "content": [{"type": "text", "text": text}]}],
-        "history": [user, assistant, user],
-        "batch": [[user], [user, assistant]],
-    }[place]
-    with pytest.raises(ValueError, match="reserved"):
-        tokenizer.apply_chat_template(conversation, tokenize=False)
-    assert token in str(tokenizer.apply_chat_template(conversation, tokenize=False, allow_control_tokens=True))
-
-
-def test_grounding_tokens_are_content(recording):
-    text = "<ref>a</ref><box>[[1, 2, 3, 4]]</box><quad></quad>"
-    messages = [{"role": "user", "content": text}]
-    ids = recording.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-    assert {recording.tokenizer.convert_tokens_to_ids(t) for t in ("<ref>", "</box>", "<quad>")} <= set(ids)
