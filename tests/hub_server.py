@@ -71,9 +71,7 @@ class HubServer:
         self.requests: list[str] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-        self.storage = (
-            f"http://localhost:{self._server.server_port}"  # not the host of the Hub
-        )
+        self.storage = f"http://localhost:{self._server.server_port}"  # not the host of the Hub
 
     def __enter__(self) -> "HubServer":
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
