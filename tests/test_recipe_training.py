@@ -536,6 +536,12 @@ def test_stages_train_those_of_the_paper_or_the_language_model(model, stage):
         assert parameter.requires_grad == (not is_visual if stage == "text" else expected.requires_grad)
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_large_batches_need_a_gpu(monkeypatch, has_gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert list(available_stages()) == [name for name in STAGES if has_gpu or name != "s2.large_batch"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -563,6 +569,7 @@ def one_thread():
 def test_the_whole_recipe_from_scratch(one_thread, tmp_path, monkeypatch):
     """All stages at small size, interrupted and resumed; then evaluation, publishing, loading, and training further."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setattr(train, "available_stages", lambda: dict(STAGES))  # also the one that needs a GPU
     options = ["--runs", str(tmp_path), "--smoke-test"]
     assert train.main([*options, "--minutes", "0", "--save-steps", "1"]) == 0
     runs = tmp_path / "smoke-test"
@@ -572,7 +579,7 @@ def test_the_whole_recipe_from_scratch(one_thread, tmp_path, monkeypatch):
     (cut_off / "model.safetensors").write_bytes(b"half")
     assert train.main([*options, "--save-steps", "2"]) == 0
     assert json.loads((cut_off / "trainer_state.json").read_text())["global_step"] == 2
-    *_, previous, last = available_stages()
+    *_, previous, last = STAGES
     final = runs / last / "final"
     needed = {"model.safetensors", "modeling_navil.py", "tokenizer.json", "curriculum.json"}
     assert needed <= {path.name for path in final.iterdir()}
@@ -581,7 +588,7 @@ def test_the_whole_recipe_from_scratch(one_thread, tmp_path, monkeypatch):
     assert all(torch.equal(ended[name], after[name].lerp(before[name], STAGES[last].start_weight)) for name in ended)
     assert any(not torch.equal(before[name], after[name]) for name in ended)
     assert plot.main([str(runs), "--output", str(tmp_path / "training.png")]) == 0
-    assert Image.open(tmp_path / "training.png").size == (1200, 300 * len(available_stages()))
+    assert Image.open(tmp_path / "training.png").size == (1200, 300 * len(STAGES))
 
     root = tmp_path / "repository"
     root.mkdir()
