@@ -9,6 +9,7 @@ Image paths are relative to the file.
 """
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -109,26 +110,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+def finetune(options: argparse.Namespace) -> None:
+    """Trains and saves the model.
+
+    Raises:
+        ValueError, OSError, ImportError: options that exclude each other, a bad data file or model, or a package that
+            is not installed.
+    """
     source = {"pretrained_model_name_or_path": options.model, "subfolder": options.subfolder, "trust_remote_code": True}
-    try:
-        processor = AutoProcessor.from_pretrained(**source)
-        model = AutoModel.from_pretrained(**source)
-        model.set_training_stage(options.stage)
-        model = model if options.lora is None else add_lora(model, options.lora, options.lora_rank)
-        trainer = Trainer(
-            model=model,
-            args=training_arguments(options),
-            train_dataset=load_conversations(options.data),
-            data_collator=partial(processor.training_batch, row_length=options.row_length),
-        )
-        if options.lora and trainer.is_fsdp_enabled:
-            raise ValueError("--lora merges the adapters into the weights, which FSDP shards: run it without FSDP")
-        trainer.train()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    processor = AutoProcessor.from_pretrained(**source)
+    model = AutoModel.from_pretrained(**source)
+    model.set_training_stage(options.stage)
+    model = model if options.lora is None else add_lora(model, options.lora, options.lora_rank)
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(options),
+        train_dataset=load_conversations(options.data),
+        data_collator=partial(processor.training_batch, row_length=options.row_length),
+    )
+    if options.lora and trainer.is_fsdp_enabled:
+        raise ValueError("--lora merges the adapters into the weights, which FSDP shards: run it without FSDP")
+    trainer.train()
     trainer.save_state()
     if options.lora is None:
         trainer.save_model()
@@ -138,10 +140,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model.merge_and_unload().save_pretrained(options.output)
     if trainer.is_world_process_zero():
         processor.save_pretrained(options.output)
-    # Gloo aborts a process that exits while another still uses its connections.
+
+
+def close_process_group() -> None:
+    """Waits for the other processes, whose connections an exit would abort, and closes this one's."""
     state = PartialState()
     state.wait_for_everyone()
+    gc.collect()  # a DDP wrapper that outlives the process group can deadlock at exit
     state.destroy_process_group()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    try:
+        finetune(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    close_process_group()
     return 0
 
 

@@ -3,11 +3,13 @@
 accelerate uses DDP on a CPU even if asked for FSDP, so models are wrapped with torch's own FSDP here.
 """
 
+import gc
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,25 +92,28 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(self.examples)
 
 
-def train_on_stream(folder: str, examples: list[dict], **options: Any) -> list[float]:
+def fit(
+    folder: str | Path, examples: Any, row_length: int | None = None, **options: Any
+) -> tuple[list[tuple[float, float | None]], nn.Module]:
+    """Loss and gradient norm (None if gradients are not clipped) of Trainer's steps by plain SGD, and the model."""
+    settings = {"use_cpu": True, "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant", "max_steps": 2}
+    settings |= {"remove_unused_columns": False, "logging_steps": 1, "save_strategy": "no", "report_to": []}
+    model, processor = (auto.from_pretrained(folder, trust_remote_code=True) for auto in (AutoModel, AutoProcessor))
+    collate = partial(processor.training_batch, row_length=row_length)
+    with tempfile.TemporaryDirectory() as output:
+        args = TrainingArguments(output, disable_tqdm=True, **settings | options)
+        trainer = Trainer(model=model, args=args, data_collator=collate, train_dataset=examples)
+        trainer.train()
+    return [(row["loss"], row.get("grad_norm")) for row in trainer.state.log_history if "loss" in row], model
+
+
+def train_on_stream(folder: str | Path, examples: list[dict], **options: Any) -> list[float]:
     """Losses that Trainer logs for one pass over streamed examples, two of them in each step over all processes."""
     num_processes = dist.get_world_size() if dist.is_initialized() else 1
-    options = {"accelerator_config": {"dispatch_batches": False}, "average_tokens_across_devices": True, **options}
-    with tempfile.TemporaryDirectory() as output:
-        args = TrainingArguments(
-            output,
-            per_device_train_batch_size=2 // num_processes,
-            max_steps=len(examples) // 2,
-            logging_steps=1,
-            **{"use_cpu": True, "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant"},
-            **{"max_grad_norm": 0, "remove_unused_columns": False, "save_strategy": "no", "report_to": []},
-            **options,
-        )
-        model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-        collate = AutoProcessor.from_pretrained(folder, trust_remote_code=True).training_batch
-        trainer = Trainer(model=model, args=args, data_collator=collate, train_dataset=Stream(examples))
-        trainer.train()
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    settings = {"accelerator_config": {"dispatch_batches": False}, "average_tokens_across_devices": True}
+    settings |= {"per_device_train_batch_size": 2 // num_processes, "max_steps": len(examples) // 2, "max_grad_norm": 0}
+    rows, _ = fit(folder, Stream(examples), **settings | options)
+    return [loss for loss, _ in rows]
 
 
 def tensor_parallel(folder: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -135,4 +140,5 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         torch.save(outcome, output)
     dist.barrier()  # a process that exits early aborts the other
+    gc.collect()  # a DDP wrapper that outlives the process group can deadlock at exit
     dist.destroy_process_group()

@@ -4,13 +4,13 @@ import json
 import re
 import shutil
 import sys
-from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Recording, recorded_image, relative_error
-from distributed_worker import STRATEGIES, torchrun, train_on_stream
+from conftest import ROOT, Recording, conversation, recorded_image, relative_error
+from distributed_worker import STRATEGIES, fit, torchrun, train_on_stream
 from safetensors.torch import load_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
@@ -21,14 +21,10 @@ IGNORED = -100
 
 
 def example(*turns: tuple[str, str], images: tuple = ()) -> dict:
-    """A conversation; its images stand in front of the first question."""
+    """Questions and answers, with images before the first question."""
     messages = []
     for question, answer in turns:
-        parts = [] if messages else [{"type": "image", "image": image} for image in images]
-        messages += [
-            {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
-            {"role": "assistant", "content": answer},
-        ]
+        messages += [*conversation(question, *([] if messages else images)), {"role": "assistant", "content": answer}]
     return {"messages": messages}
 
 
@@ -63,8 +59,8 @@ def read_log(folder) -> list[tuple[float, float]]:
 def test_labels_are_the_answers_with_their_ends(recording):
     batch = recording.processor.training_batch(mixed_examples())
     tokenizer = recording.tokenizer
-    for row, conversation in zip(batch["labels"], mixed_examples(), strict=True):
-        answers = [message["content"] for message in conversation["messages"] if message["role"] == "assistant"]
+    for row, one in zip(batch["labels"], mixed_examples(), strict=True):
+        answers = [message["content"] for message in one["messages"] if message["role"] == "assistant"]
         expected = "".join(f"{answer}<|im_end|>" for answer in answers)
         assert tokenizer.decode(row[row != IGNORED]).replace(" ", "") == expected.replace(" ", "")
     labelled = batch["labels"] != IGNORED
@@ -199,53 +195,26 @@ def test_checkpointed_encoder_trains_behind_a_frozen_input(recording, use_reentr
 # -- Trainer -----------------------------------------------------------------------------------------------------------
 
 
-def trained(recording, folder, **options) -> tuple[list[tuple[float, float]], torch.nn.Module]:
-    """Loss and gradient norm of each step, and the model."""
-    row_length, examples = options.pop("row_length", None), options.pop("examples", None)
-    args = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=2,
-        use_cpu=True,
-        optim="sgd",
-        learning_rate=0.05,
-        lr_scheduler_type="constant",
-        remove_unused_columns=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        **options,
-    )
-    collate = partial(recording.processor.training_batch, row_length=row_length)
-    model = fresh_model(recording)
-    trainer = Trainer(model=model, args=args, data_collator=collate, train_dataset=examples or mixed_examples())
-    trainer.train()
-    return [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row], model
-
-
-def test_accumulated_packed_and_checkpointed_steps_equal_whole_ones(recordings, tmp_path):
-    recording = recordings["qwen3"]
-    whole, model = trained(recording, tmp_path, per_device_train_batch_size=4)
-    accumulated, other = trained(recording, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
-    packed, _ = trained(recording, tmp_path, per_device_train_batch_size=4, row_length=2000)
-    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    checkpointed, _ = trained(recording, tmp_path, per_device_train_batch_size=4, **options)
+def test_accumulated_packed_and_checkpointed_steps_equal_whole_ones(recordings):
+    arguments = (recordings["qwen3"].folder, mixed_examples())
+    whole, model = fit(*arguments, per_device_train_batch_size=4)
+    accumulated, other = fit(*arguments, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    packed, _ = fit(*arguments, per_device_train_batch_size=4, row_length=2000)
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    checkpointed, _ = fit(*arguments, per_device_train_batch_size=4, **checkpointing)
     assert whole[0] != pytest.approx(whole[1], rel=1e-2)
     for rows in (accumulated, packed, checkpointed):
-        for row, expected in zip(rows, whole, strict=True):
-            assert row == pytest.approx(expected, rel=2e-4)  # the log has four decimals
+        assert np.array(rows) == pytest.approx(np.array(whole), rel=2e-4)  # the log has four decimals
     for parameter, expected in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.allclose(parameter, expected, atol=5e-5)  # a step changes them a hundred times as much
 
 
 @pytest.mark.parametrize("with_images", [False, True])
-def test_label_smoothing_shifts_the_labels_too(recordings, tmp_path, with_images):
-    recording = recordings["qwen3"]
-    options = {"per_device_train_batch_size": 4, "examples": mixed_examples()[0 if with_images else 1 :: 2]}
-    plain, _ = trained(recording, tmp_path, **options)
-    smoothed, _ = trained(recording, tmp_path, label_smoothing_factor=1e-6, **options)
-    for row, expected in zip(smoothed, plain, strict=True):
-        assert row == pytest.approx(expected, rel=2e-4)
+def test_label_smoothing_shifts_the_labels_too(recordings, with_images):
+    arguments = (recordings["qwen3"].folder, mixed_examples()[0 if with_images else 1 :: 2])
+    plain, _ = fit(*arguments, per_device_train_batch_size=4)
+    smoothed, _ = fit(*arguments, per_device_train_batch_size=4, label_smoothing_factor=1e-6)
+    assert np.array(smoothed) == pytest.approx(np.array(plain), rel=2e-4)
 
 
 def test_evaluation_loss_of_trainer(recording, tmp_path):
@@ -292,10 +261,10 @@ def test_example_teaches_its_answers(recordings, conversations, tmp_path):
 
 def test_image_paths_are_relative_to_their_file(tmp_path):
     parts = [{"type": "image", key: name} for key, name in (("path", "a.png"), ("image", "b.png"), ("image", "data:,"))]
-    conversation = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Three."}]}
-    (tmp_path / "data.jsonl").write_text(json.dumps(conversation))
-    [example] = finetune.load_conversations(tmp_path / "data.jsonl")
-    names = [part.get("path", part.get("image")) for part in example["messages"][0]["content"]]
+    given = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Three."}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(given))
+    [loaded] = finetune.load_conversations(tmp_path / "data.jsonl")
+    names = [part.get("path", part.get("image")) for part in loaded["messages"][0]["content"]]
     assert names == [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "data:,"]
 
 
