@@ -76,7 +76,7 @@ def scale_settings(min_pixels: Any, max_pixels: Any, scale_downsample_ratio: Any
 
 
 def check_switches(switches: Mapping[str, Any], settings: Sequence[str]) -> None:
-    """Raises a ValueError for any keyword but the `TRAINED_SWITCHES` at their values; `settings` are the known names."""
+    """Raises a ValueError for a keyword other than `TRAINED_SWITCHES` at their values; `settings` names the others."""
     for name, value in switches.items():
         if value is None:
             continue
