@@ -325,7 +325,7 @@ def test_max_length_of_a_generation_config_counts(recording):
         output, _ = recording.model._answer(recording.tokenizer, [ids], settings)
         return output.shape[1] - 12
 
-    assert num_new(GenerationConfig(max_length=20)) == num_new({"max_length": 20}) == 8
+    assert num_new(GenerationConfig(max_length=21)) == num_new({"max_length": 21}) == 9
     with pytest.raises(ValueError, match="max_length"):
         recording.model.chat(recording.tokenizer, None, "word " * 30, {"max_length": 20})  # a dict's is a choice
     assert num_new(GenerationConfig(max_length=15)) == 3 and num_new(GenerationConfig(max_new_tokens=5)) == 5
