@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerationConfig
+from transformers.generation import BaseStreamer, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .image_processing_navil import IMAGE_INPUTS, ImagePlan, count_slot_tokens, flatten_images
@@ -21,6 +21,7 @@ from .tokenization_navil import (
     IMAGE_PLACEHOLDER,
     IMAGE_START_TOKEN,
     IMAGE_TOKEN,
+    NaViLTokenizer,
     expand_image_slots,
     hide_placeholders,
 )
@@ -59,7 +60,13 @@ class NaViLChatSession:
         ValueError: settings that rule out a cache of one sequence (beams, several answers, another cache).
     """
 
-    def __init__(self, model: Any, tokenizer: Any, generation_config: GenerationSettings = None, **options: Any):
+    def __init__(
+        self,
+        model: "NaViLChat",
+        tokenizer: NaViLTokenizer,
+        generation_config: GenerationSettings = None,
+        **options: Any,
+    ):
         settings = model._chat_settings(tokenizer, generation_config, None)
         for name, required in SESSION_SETTINGS.items():
             given = settings.get(name, getattr(model.generation_config, name, None))
@@ -75,7 +82,7 @@ class NaViLChatSession:
         self.num_prefilled = 0
         self._reset_cache()
 
-    def ask(self, question: str, images: Any = None, streamer: Any = None) -> str:
+    def ask(self, question: str, images: Any = None, streamer: BaseStreamer | None = None) -> str:
         """Answers the next question.
 
         Args:
@@ -124,7 +131,7 @@ class NaViLChat:
 
     def chat(
         self,
-        tokenizer: Any,
+        tokenizer: NaViLTokenizer,
         pixel_values: Any,
         question: str,
         generation_config: GenerationSettings = None,
@@ -133,7 +140,7 @@ class NaViLChat:
         num_patches_list: Any = None,
         num_scales: Any = None,
         verbose: bool = False,
-        streamer: Any = None,
+        streamer: BaseStreamer | None = None,
         **options: Any,
     ) -> str | tuple[str, list[tuple[str, str]]]:
         """Answers a question, with or without images.
@@ -171,7 +178,7 @@ class NaViLChat:
 
     def batch_chat(
         self,
-        tokenizer: Any,
+        tokenizer: NaViLTokenizer,
         pixel_values: Any,
         questions: Sequence[str],
         generation_config: GenerationSettings = None,
@@ -212,14 +219,14 @@ class NaViLChat:
         return answers
 
     def chat_session(
-        self, tokenizer: Any, generation_config: GenerationSettings = None, **options: Any
+        self, tokenizer: NaViLTokenizer, generation_config: GenerationSettings = None, **options: Any
     ) -> NaViLChatSession:
         """Starts a `NaViLChatSession`, whose arguments and errors it has."""
         return NaViLChatSession(self, tokenizer, generation_config, **options)
 
     def _prepare(
         self,
-        tokenizer: Any,
+        tokenizer: NaViLTokenizer,
         options: dict[str, Any],
         question: str,
         pixel_values: Any,
@@ -247,7 +254,9 @@ class NaViLChat:
             images = {name: tensor.to(self.device) for name, tensor in packed.items()}
         return question, input_ids, join_images([earlier_images, images])
 
-    def _answer(self, tokenizer: Any, prompts: Sequence[Tensor], options: dict[str, Any]) -> tuple[Tensor, list[str]]:
+    def _answer(
+        self, tokenizer: NaViLTokenizer, prompts: Sequence[Tensor], options: dict[str, Any]
+    ) -> tuple[Tensor, list[str]]:
         """Generates from prompts (1, L) each. Returns ids of prompts and answers (B, L + new), and the answers."""
         pad = partial(pad_sequence, batch_first=True, padding_side="left")
         input_ids = pad([ids[0] for ids in prompts], padding_value=tokenizer.pad_token_id or 0)
@@ -258,7 +267,9 @@ class NaViLChat:
         answers = tokenizer.batch_decode(output_ids[:, input_ids.shape[1] :], skip_special_tokens=True)
         return output_ids, [answer.strip() for answer in answers]
 
-    def _chat_settings(self, tokenizer: Any, generation_config: GenerationSettings, streamer: Any) -> dict[str, Any]:
+    def _chat_settings(
+        self, tokenizer: NaViLTokenizer, generation_config: GenerationSettings, streamer: BaseStreamer | None
+    ) -> dict[str, Any]:
         """Arguments of `generate`: defaults of chat, the caller's settings, and what chat itself needs."""
         if isinstance(generation_config, GenerationConfig):
             generation_config = generation_config.to_diff_dict()  # without transformers 4's default max_length of 20
@@ -278,7 +289,7 @@ class NaViLChat:
 
     def encode_chat(
         self,
-        tokenizer: Any,
+        tokenizer: NaViLTokenizer,
         turns: Sequence[tuple[str, str | None]],
         plans: Sequence[ImagePlan],
         allow_control_tokens: bool = False,
@@ -428,7 +439,7 @@ def whole_numbers(name: str, values: Any) -> Tensor:
     return numbers.long()
 
 
-def count_tokens(tokenizer: Any, text: str, limit: int) -> int:
+def count_tokens(tokenizer: NaViLTokenizer, text: str, limit: int) -> int:
     """Number of tokens of a text; of a long one a lower bound, counted piece by piece.
 
     Raises:
@@ -446,7 +457,7 @@ def count_tokens(tokenizer: Any, text: str, limit: int) -> int:
 
 
 @contextmanager
-def end_on_error(streamer: Any) -> Iterator[None]:
+def end_on_error(streamer: BaseStreamer | None) -> Iterator[None]:
     """Ends a streamer if an error occurs, so that its reader does not wait forever."""
     try:
         yield

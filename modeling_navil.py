@@ -1008,7 +1008,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         """As `NaViLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw)
 
-    def init_special_token_ids(self, tokenizer: Any) -> None:
+    def init_special_token_ids(self, tokenizer: NaViLTokenizer) -> None:
         """Sets the ids of `<IMG_CONTEXT>` and `<img>` in the config to the tokenizer's.
 
         Raises:

@@ -93,7 +93,7 @@ def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE, b
 
 
 def _without_system_message(template: str) -> str:
-    """The part of a `chat_template` that depends on its name alone."""
+    """A `chat_template` without what differs between tokenizers: the bos token and the default system message."""
     return re.sub(r'default\("(?:[^"\\]|\\.)*"\)', "", template.removeprefix("{{- bos_token -}}"))
 
 
