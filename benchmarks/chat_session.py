@@ -52,18 +52,16 @@ def measure(
     return rows
 
 
+HEADER = """turn   tokens prefilled        seconds        speedup  equal answers
+         chat  session     chat  session"""
+
+
 def as_table_row(name: str, row: dict[str, float], equal: str) -> str:
-    ratio = row["chat seconds"] / row["session seconds"]
+    speedup = row["chat seconds"] / row["session seconds"]
     return (
-        f"| {name} | {row['chat tokens']} | {row['session tokens']} | {row['chat seconds']:.3f} s "
-        f"| {row['session seconds']:.3f} s | {ratio:.2f}x | {equal} |"
+        f"{name:>4} {row['chat tokens']:8} {row['session tokens']:8} "
+        f"{row['chat seconds']:8.3f} {row['session seconds']:8.3f} {speedup:7.2f}  {equal}"
     )
-
-
-HEADER = (
-    "| turn | tokens prefilled, chat | session | time, chat | session | speedup | equal answers |\n"
-    "|---|---|---|---|---|---|---|"
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         best = {name: min(row[name] for row in rows) for name in COLUMNS}
         totals = {name: totals[name] + best[name] for name in COLUMNS}
         print(as_table_row(str(turn), best, str(all(row["equal"] for row in rows))))
-    print(as_table_row("all", totals, "-"))
+    print(as_table_row("all", totals, ""))
     return 0
 
 
