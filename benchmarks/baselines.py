@@ -7,9 +7,6 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from navil.configuration_navil import NaViLConfig, NaViLTextConfig
-from navil.image_processing_navil import NaViLImageProcessor
-from navil.modeling_navil import ModalityOrder, Segments
 from PIL import Image
 from torch import Tensor
 from transformers import Qwen2VLImageProcessor, Qwen3Config, Qwen3ForCausalLM
@@ -17,20 +14,24 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from navil import modeling_navil
+from navil.configuration_navil import NaViLConfig, NaViLTextConfig
+from navil.image_processing_navil import NaViLImageProcessor
+from navil.modeling_navil import ModalityOrder, Segments
 
-from .workloads import on_device, scale_sizes
+from .workloads import on_device
 
 # -- Images ------------------------------------------------------------------------------------------------------------
 
 
 def resized_scales(processor: NaViLImageProcessor, image: Image.Image) -> list[Image.Image]:
     """An image at all its scales, by Pillow in one thread: the cost that identical bytes cannot avoid."""
-    return [image.resize(size, Image.Resampling.BICUBIC) for size in scale_sizes(processor, image.size)]
+    [plan] = processor.plan(image, multi_scale=True)
+    return [image.resize((width, height), Image.Resampling.BICUBIC) for height, width in plan.scales]
 
 
 def qwen2_vl_patches(processor: NaViLImageProcessor, image: Image.Image) -> np.ndarray:
     """Multi-scale patches (N, 3*p*p) of an image, scale by scale, by transformers' Qwen2-VL image processor."""
-    cell = processor.patch_size * processor.merge_size
+    cell = processor.cell
     qwen = Qwen2VLImageProcessor(
         patch_size=processor.patch_size,
         merge_size=processor.merge_size,

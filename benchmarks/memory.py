@@ -18,9 +18,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from PIL import Image
+
 from navil.image_processing_navil import NaViLImageProcessor
 from navil.modeling_navil import NaViLForConditionalGeneration
-from PIL import Image
 
 from . import baselines
 from .roofline import vision_activation_bytes

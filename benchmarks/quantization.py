@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from navil.modeling_navil import NaViLForConditionalGeneration
-from navil.processing_navil import IGNORE_INDEX, NaViLProcessor
 from torch import Tensor
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
@@ -22,6 +20,8 @@ from torchao.quantization.granularity import PerGroup
 from tqdm import tqdm
 from transformers import BatchFeature, TorchAoConfig
 
+from navil.modeling_navil import NaViLForConditionalGeneration
+from navil.processing_navil import IGNORE_INDEX, NaViLProcessor
 from recipes import evaluate
 from recipes.blueprint import load
 from recipes.data import messages

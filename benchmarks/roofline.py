@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
+
 from navil.configuration_navil import NaViLConfig, NaViLTextConfig
-from navil.image_processing_navil import count_slot_tokens
+from navil.image_processing_navil import NaViLImageProcessor, count_slot_tokens
 from navil.modeling_navil import NaViLForConditionalGeneration
 
-from .workloads import SIZES, Size, image_processor, on_device, scale_sizes
+from .workloads import SIZES, Size, on_device
 
 # -- Measured peaks ----------------------------------------------------------------------------------------------------
 
@@ -158,39 +160,54 @@ def count_parameters(config: NaViLConfig) -> tuple[int, int]:
 
 # -- What a model size needs -------------------------------------------------------------------------------------------
 
-PHOTO, TEXT_TOKENS = (1024, 768), 1000
+CONTEXT, TEXT_TOKENS = 4096, 60
+PHOTOS = ((451, 300), (640, 480), (1024, 768), (1920, 1080), (4000, 3000))
 ACTIVATION_FACTOR = 2
 """Peak memory of the encoder over `vision_activation_bytes`, rounded up: `benchmarks.memory` measures 1.2 to 2.1."""
 
 
-def requirements(config: NaViLConfig, bandwidths: Sequence[float], photo: Size = PHOTO) -> dict[str, str]:
-    """Label to value, computed for bf16: memory for a photo and text, and the decoding speed at bandwidths in GB/s."""
+@dataclass(frozen=True)
+class PhotoWork:
+    """What a photo and 60 tokens of text cost up to the first token of the answer, in bf16."""
+
+    patches: int  # of all scales
+    tokens: int  # of the prompt
+    encoder_flops: float
+    prefill_flops: float
+    activation_bytes: float  # of the encoder, which needs more than the decoder
+
+    @classmethod
+    def of(cls, config: NaViLConfig, photo: Size) -> "PhotoWork":
+        processor = NaViLImageProcessor.from_config(config)
+        [plan] = processor.plan(Image.new("1", photo), multi_scale=True)
+        grids = [
+            [1, *(processor.merge_size * math.ceil(side / processor.cell) for side in scale)] for scale in plan.scales
+        ]
+        patches = sum(math.prod(grid) for grid in grids)
+        tokens = count_slot_tokens(plan.scales, processor.cell) + TEXT_TOKENS
+        return cls(
+            patches=patches,
+            tokens=tokens,
+            encoder_flops=vision_flops(config, grids),
+            prefill_flops=prefill_flops(config.text_config, tokens),
+            activation_bytes=ACTIVATION_FACTOR * vision_activation_bytes(config, patches, torch.bfloat16),
+        )
+
+
+def requirements(config: NaViLConfig, bandwidths: Sequence[float]) -> dict[str, str]:
+    """Label to value: parameters and memory in bf16, and the decoding speed that bandwidths, in GB/s, allow."""
     text, dtype = config.text_config, torch.bfloat16
-    processor = image_processor(config)
-    scales = scale_sizes(processor, photo)
-    cell = processor.patch_size * processor.merge_size
-    grids = [
-        [1, *(math.ceil(side / cell) * processor.merge_size for side in (height, width))] for width, height in scales
-    ]
-    patches = sum(rows * columns for _, rows, columns in grids)
-    image_tokens = count_slot_tokens([(height, width) for width, height in scales], cell)
-    context = image_tokens + TEXT_TOKENS
     total, activated = count_parameters(config)
-    weights, cache = total * dtype.itemsize, cache_bytes(text, context, dtype)
-    activations = ACTIVATION_FACTOR * vision_activation_bytes(config, patches, dtype)
-    flops = vision_flops(config, grids) + prefill_flops(text, context)
-    bytes_per_token = decode_bytes(text, 1, context, dtype)
-    name = f"{photo[0]}x{photo[1]} photo"
+    weights = total * dtype.itemsize
+    memory = weights + cache_bytes(text, CONTEXT, dtype) + PhotoWork.of(config, (1024, 768)).activation_bytes
+    bytes_per_token = decode_bytes(text, 1, CONTEXT, dtype)
     rows = {
         "parameters": f"{total / 1e9:.2f} B",
         "activated parameters": f"{activated / 1e9:.2f} B",
-        "weights on disk and in memory": f"{weights / 1e9:.1f} GB",
-        "KV cache per 1,000 tokens": f"{cache_bytes(text, 1000, dtype) / 1e6:.0f} MB",
-        f"tokens of a {name}": f"{image_tokens} ({patches} patches)",
-        f"activations for a {name}": f"{activations / 1e9:.2f} GB",
-        f"RAM or VRAM for a {name} and {TEXT_TOKENS} tokens": f"{(weights + cache + activations) / 1e9:.1f} GB",
-        "FLOPs up to its first token": f"{flops / 1e12:.1f}e12",
-        "bytes read for each further token": f"{bytes_per_token / 1e9:.2f} GB",
+        "weights, on disk and in memory": f"{weights / 1e9:.1f} GB",
+        "KV cache of 1,000 tokens": f"{cache_bytes(text, 1000, dtype) / 1e6:.0f} MB",
+        f"memory with {CONTEXT} tokens, one 1024x768 photo": f"{memory / 1e9:.1f} GB",
+        f"bytes read per decoded token, {CONTEXT} tokens": f"{bytes_per_token / 1e9:.2f} GB",
     }
     speeds = {
         f"decoding at {bandwidth:g} GB/s, at most": f"{1e9 * bandwidth / bytes_per_token:.1f} tokens/s"
@@ -199,12 +216,30 @@ def requirements(config: NaViLConfig, bandwidths: Sequence[float], photo: Size =
     return rows | speeds
 
 
-def as_markdown(sizes: Sequence[str], bandwidths: Sequence[float]) -> str:
-    """`requirements` of several sizes side by side."""
+def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def size_table(sizes: Sequence[str], bandwidths: Sequence[float]) -> str:
     columns = [requirements(SIZES[size](), bandwidths) for size in sizes]
-    lines = ["| computed, bf16 | " + " | ".join(sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
-    lines += [f"| {label} | " + " | ".join(column[label] for column in columns) + " |" for label in columns[0]]
-    return "\n".join(lines)
+    return as_markdown(
+        ["computed, bf16", *sizes], [[label, *(column[label] for column in columns)] for label in columns[0]]
+    )
+
+
+def photo_table(sizes: Sequence[str]) -> str:
+    header = ["photo", "patches", "prompt tokens"]
+    header += [f"{size}: {what}" for size in sizes for what in ("encoder + prefill FLOPs", "activations")]
+    rows = []
+    for photo in PHOTOS:
+        works = [PhotoWork.of(SIZES[size](), photo) for size in sizes]
+        row = [f"{photo[0]}x{photo[1]}", str(works[0].patches), str(works[0].tokens)]
+        for work in works:
+            row.append(f"{work.encoder_flops / 1e12:.1f}e12 + {work.prefill_flops / 1e12:.1f}e12")
+            row.append(f"{work.activation_bytes / 1e9:.2f} GB")
+        rows.append(row)
+    return as_markdown(header, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -227,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"- matmul, {str(dtype).removeprefix('torch.')}: {rate / 1e9:.0f} GFLOP/s")
         bandwidths = [round(bandwidth_probe(device).rate(device) / 1e9, 1)]
         print(f"- memory: {bandwidths[0]} GB/s\n")
-    print(as_markdown(options.sizes, bandwidths))
+    print(size_table(options.sizes, bandwidths), photo_table(options.sizes), sep="\n\n")
     return 0
 
 

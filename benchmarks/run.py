@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from navil.configuration_navil import NaViLConfig
 from tqdm import tqdm
 
 from navil import ROOT
+from navil.configuration_navil import NaViLConfig
+from navil.image_processing_navil import NaViLImageProcessor
 
 from . import baselines, roofline
 from .workloads import (
@@ -38,7 +39,6 @@ from .workloads import (
     compile_prefill,
     decode_step,
     free_memory,
-    image_processor,
     not_compiled,
     photo,
     text_only,
@@ -150,17 +150,17 @@ def within(context: Callable[[], AbstractContextManager], call: Call) -> Call:
 
 
 def image_rows(benchmark: Benchmark, options: argparse.Namespace) -> Iterator[Row]:
-    processor = image_processor(benchmark.config)
+    processor = NaViLImageProcessor.from_config(benchmark.config)
     for size in PHOTO_SIZES:
         image = photo(size)
-        packed = processor(image, return_tensors="np")["pixel_values"]
+        packed = processor(image, multi_scale=True, return_tensors="np")["pixel_values"]
         if np.abs(packed - baselines.qwen2_vl_patches(processor, image)).max() > 1e-5:
             raise RuntimeError("the Qwen2-VL image processor gives other patches, so times cannot be compared")
         others = {
             "Qwen2-VL image processor": partial(baselines.qwen2_vl_patches, processor, image),
             "Pillow resize only": partial(baselines.resized_scales, processor, image),
         }
-        candidate = partial(processor, image, return_tensors="pt")
+        candidate = partial(processor, image, multi_scale=True, return_tensors="pt")
         yield benchmark.measure("images", f"{size[0]}x{size[1]}, {len(packed)} patches", candidate, others)
 
 
@@ -250,10 +250,10 @@ def decode_row(
 def end_to_end_rows(benchmark: Benchmark, options: argparse.Namespace) -> Iterator[Row]:
     config = NaViLConfig.from_dict(benchmark.config.to_dict())
     config.image_token_id, config.image_start_token_id = 1, 2
-    model, processor = benchmark.build(config), image_processor(config)
+    model, processor = benchmark.build(config), NaViLImageProcessor.from_config(config)
 
     def answer(new_tokens: int) -> None:
-        packed = processor(EXAMPLE_PHOTO, return_tensors="pt").to(benchmark.device)
+        packed = processor(EXAMPLE_PHOTO, multi_scale=True, return_tensors="pt").to(benchmark.device)
         slots = int(packed["image_grid_thw"].prod(-1).sum()) // config.vision_config.spatial_merge_size**2
         ids = torch.tensor([[2, *[1] * slots, 3, 4, 5, 6]], device=benchmark.device)
         packed["pixel_values"] = packed["pixel_values"].to(benchmark.dtype)

@@ -11,14 +11,14 @@ from functools import partial
 from typing import Literal
 
 import torch
-from navil.configuration_navil import NaViLConfig
-from navil.image_processing_navil import NaViLImageProcessor, plan_scales
-from navil.modeling_navil import NaViLForConditionalGeneration
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 
 from navil import ROOT
+from navil.configuration_navil import NaViLConfig
+from navil.image_processing_navil import NaViLImageProcessor
+from navil.modeling_navil import NaViLForConditionalGeneration
 
 Size = tuple[int, int]
 """Width and height of an image in pixels."""
@@ -108,7 +108,8 @@ class Setup:
 
     def patches(self, size: Size, count: int = 1) -> tuple[Tensor, Tensor]:
         """`pixel_values` (N, 3*p*p) and `image_grid_thw` (S, 3) of `count` photos of a size."""
-        packed = image_processor(self.config)([photo(size)] * count, return_tensors="pt")
+        processor = NaViLImageProcessor.from_config(self.config)
+        packed = processor([photo(size)] * count, multi_scale=True, return_tensors="pt")
         return packed["pixel_values"].to(self.device, self.dtype), packed["image_grid_thw"].to(self.device)
 
     def mixed_tokens(self, length: int) -> tuple[Tensor, Tensor]:
@@ -131,27 +132,6 @@ def add_setup_options(parser: argparse.ArgumentParser) -> None:
 def photo(size: Size) -> Image.Image:
     """The repository's photo, resized."""
     return Image.open(EXAMPLE_PHOTO).convert("RGB").resize(size)
-
-
-def image_processor(config: NaViLConfig) -> NaViLImageProcessor:
-    """The config's image processor, multi-scale."""
-    area = config.vision_config.patch_size**2
-    return NaViLImageProcessor(
-        patch_size=config.vision_config.patch_size,
-        merge_size=config.vision_config.spatial_merge_size,
-        min_pixels=config.min_dynamic_patch * area,
-        max_pixels=config.max_dynamic_patch * area,
-        scale_downsample_ratio=config.scale_downsample_ratio,
-        multi_scale=True,
-    )
-
-
-def scale_sizes(processor: NaViLImageProcessor, size: Size) -> list[Size]:
-    """Width and height of an image at each of its scales, in pixels before padding."""
-    width, height = size
-    cell = processor.patch_size * processor.merge_size
-    budget = (processor.min_pixels, processor.max_pixels, processor.scale_downsample_ratio)
-    return [(width, height) for height, width in plan_scales(height, width, cell, *budget)]
 
 
 # -- Compiled forms ----------------------------------------------------------------------------------------------------

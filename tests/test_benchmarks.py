@@ -6,11 +6,12 @@ import mmap
 import pytest
 import torch
 from conftest import relative_error
-from navil.configuration_navil import NaViLConfig
-from navil.modeling_navil import NaViLForConditionalGeneration
 from safetensors.torch import load_file
 
 from benchmarks import baselines, conversion, memory, profiling, roofline, run, workloads
+from navil.configuration_navil import NaViLConfig
+from navil.image_processing_navil import NaViLImageProcessor
+from navil.modeling_navil import NaViLForConditionalGeneration
 
 CPU = torch.device("cpu")
 
@@ -60,7 +61,7 @@ def test_flops_and_bytes_are_those_of_the_matrices():
         return sum(p.numel() for name, p in module.named_parameters() if p.ndim == 2 and expert in name)
 
     patches = 24
-    linear = 2 * (patches * matrices(model.vision_model) + patches // 4 * matrices(model.connector))
+    linear = 2 * (patches * matrices(model.vision_model) + patches // 4 * matrices(model.model.connector))
     attention = 2 * 2 * config.vision_config.num_hidden_layers * config.vision_config.hidden_size * patches**2
     assert roofline.vision_flops(config, [[1, 4, 6]]) == linear + attention
     text = config.text_config
@@ -75,13 +76,15 @@ def test_flops_and_bytes_are_those_of_the_matrices():
 def test_released_sizes(capsys):
     assert roofline.main(["--bandwidth", "100"]) == 0
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
-    table = {label: values for label, *values in rows if len(values) == 2}
-    # The paper counts 2.4 B and 9.2 B activated parameters (Table 6), without the input embeddings.
+    table = {label: values for label, *values in rows}
+    # The paper states 2.4 B and 9.2 B (Table 6).
     assert table["activated parameters"] == ["2.53 B", "9.47 B"]
-    assert table["weights on disk and in memory"] == ["8.1 GB", "32.8 GB"]
-    read = [float(value.split()[0]) for value in table["bytes read for each further token"]]
+    assert table["weights, on disk and in memory"] == ["8.1 GB", "32.8 GB"]
+    read = [float(value.split()[0]) for value in table["bytes read per decoded token, 4096 tokens"]]
     speeds = [float(value.split()[0]) for value in table["decoding at 100 GB/s, at most"]]
     assert speeds == pytest.approx([100 / gigabytes for gigabytes in read], rel=0.01)
+    packed = NaViLImageProcessor()(workloads.photo((640, 480)), multi_scale=True)
+    assert table["640x480"][0] == str(len(packed["pixel_values"])) == "2212"
 
 
 def test_roofline_is_taken_round_by_round(monkeypatch):

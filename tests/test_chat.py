@@ -120,7 +120,7 @@ def test_settings_of_generate_reach_it(recording, chat, capsys):
     assert chat(None, generation_config={**SHORT, "streamer": streamer, "return_dict_in_generate": True}) == answer
     assert capsys.readouterr().out.strip() == answer
     assert chat(None, generation_config={**SHORT, "streamer": None, "use_cache": False, "num_beams": 1}) == answer
-    prompt_length = recording.model._encode_chat(recording.tokenizer, [("What is it?", None)], {}).shape[1]
+    prompt_length = recording.model.encode_chat(recording.tokenizer, [("What is it?", None)], []).shape[1]
     assert chat(None, generation_config={"max_length": prompt_length + 6}) == answer
     assert len(chat(None, generation_config={**SHORT, "stop_strings": [answer[:1]]})) < len(answer)
 
@@ -239,8 +239,8 @@ def test_pixel_budgets_and_system_message(recording, chat):
     assert chat(image, scale_downsample_ratio=np.float32(0.5), **budgets) == chat(features)
     tokenizer = copy.deepcopy(recording.tokenizer)
     tokenizer.system_message = "You are a pirate."
-    ids = recording.model._encode_chat(tokenizer, [("Hi.", None)], {})
-    with_message = recording.model._encode_chat(
+    ids = recording.model.encode_chat(tokenizer, [("Hi.", None)], [])
+    with_message = recording.model.encode_chat(
         recording.tokenizer, [("Hi.", None)], {}, system_message="You are a pirate."
     )
     assert ids.tolist() == with_message.tolist() and "pirate" in tokenizer.decode(ids[0])
@@ -374,10 +374,10 @@ def test_a_long_question_that_fits_is_not_refused(recording, monkeypatch):
     """Many characters make few tokens here; the count by pieces stays below the whole text's."""
     tokenizer = recording.tokenizer
     text = "hello world, " * 20_000
-    length = recording.model._encode_chat(tokenizer, [(text[:13], None)], {}).shape[1] + len(tokenizer(text).input_ids)
+    length = recording.model.encode_chat(tokenizer, [(text[:13], None)], []).shape[1] + len(tokenizer(text).input_ids)
     monkeypatch.setattr(recording.model.config.text_config, "rope_scaling", None)
     monkeypatch.setattr(recording.model.config.text_config, "max_position_embeddings", length)
-    recording.model._encode_chat(tokenizer, [(text, None)], {})
+    recording.model.encode_chat(tokenizer, [(text, None)], [])
 
 
 def test_grids_beyond_the_patches_are_refused_before_they_become_text(chat):

@@ -183,15 +183,16 @@ def test_variant_equals_the_released_equations(tmp_path, backbone, variant):
     token_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     released = ReleasedModel(config, tensors, token_ids)
 
-    images = model._image_inputs([recorded_image(200, 130, 0), recorded_image(60, 90, 1)], None, None)
+    plans, _ = model.plan_images([recorded_image(200, 130, 0), recorded_image(60, 90, 1)])
+    images = model.image_processor.pack(plans, "pt")
     question = "<image>\n<ref>left</ref> or <image> <box>right</box>?"
-    ids = model._encode_chat(tokenizer, [(question, None)], images)
+    ids = model.encode_chat(tokenizer, [(question, None)], plans)
     grids = images["image_grid_thw"].tolist()
     assert config.get("system_message", "InternVL") in tokenizer.decode(ids[0])
     with torch.no_grad():
         visual_tokens = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
         logits = model(ids, **images).logits[0]
-        text_ids = model._encode_chat(tokenizer, [("No image.", None)], {})
+        text_ids = model.encode_chat(tokenizer, [("No image.", None)], [])
         text_logits = model(text_ids).logits[0]
     assert relative_error(visual_tokens, released.visual_tokens(images["pixel_values"], grids)) < 1e-5
     assert relative_error(logits, released.logits(ids[0], images["pixel_values"], grids)) < 1e-5

@@ -98,8 +98,9 @@ def test_exported_variant_obeys_the_released_equations(tmp_path, backbone, varia
     assert config["llm_config"]["tie_word_embeddings"] == (head not in tensors)
     token_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     released = ReleasedModel(config, tensors, token_ids)
-    images = model._image_inputs([recorded_image(90, 60, 0)], None, None)
-    ids = model._encode_chat(tokenizer, [("<image> <ref>left</ref>?", None)], images)
+    plans, _ = model.plan_images(recorded_image(90, 60, 0))
+    images = model.image_processor.pack(plans, "pt")
+    ids = model.encode_chat(tokenizer, [("<image> <ref>left</ref>?", None)], plans)
     with torch.no_grad():
         logits = model(ids, **images).logits[0]
     # The released equations take rotary angles in double here, the model in float32.

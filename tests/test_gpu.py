@@ -3,6 +3,11 @@
 import pytest
 import torch
 from conftest import recorded_image, relative_error
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModel, StaticCache
+from transformers.utils import is_flash_attn_2_available
+
+from benchmarks.workloads import compile_decoder
 from navil.modeling_navil import (
     Segments,
     segment_attention_flash,
@@ -10,11 +15,6 @@ from navil.modeling_navil import (
     segment_attention_sdpa,
     segment_attention_varlen,
 )
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModel, StaticCache
-from transformers.utils import is_flash_attn_2_available
-
-from benchmarks.workloads import compile_decoder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, recorded_image
-from navil.image_processing_navil import NaViLImageProcessor, load_image, patchify, plan_scales
 from PIL import Image
 from safetensors.torch import load_file
+
+from navil.image_processing_navil import NaViLImageProcessor, load_image, patchify, plan_scales
 
 FOLDER = FIXTURES / "image_processing"
 CASES = json.loads((FOLDER / "cases.json").read_text())

@@ -7,6 +7,10 @@ import shutil
 import pytest
 import sentencepiece
 from conftest import FIXTURES, ROOT
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, Qwen2Tokenizer
+
+import convert_checkpoint as converter
 from navil.tokenization_navil import (
     CONTROL_TOKENS,
     DEFAULT_SYSTEM_MESSAGE,
@@ -16,10 +20,6 @@ from navil.tokenization_navil import (
     expand_image_slots,
     image_slot,
 )
-from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, Qwen2Tokenizer
-
-import convert_checkpoint as converter
 
 SENTENCEPIECE_FOLDERS = ("tokenizer_internlm2", "tokenizer_internlm2_dummy_prefix")
 
@@ -217,31 +217,28 @@ def test_missing_image_tokens_are_refused():
 
 def test_image_slot():
     row = "<IMG_CONTEXT><IMG_CONTEXT><IMG_LINE_BREAK>"
-    assert image_slot([[1, 2, 4], [1, 4, 4]], merge_size=2) == (
-        f"<img>{row}<IMG_FRAME_BREAK>{row}{row}<IMG_FRAME_BREAK></img>"
-    )
-    assert image_slot([[2, 2, 4]], merge_size=2) == f"<img>{row}<IMG_FRAME_BREAK>{row}<IMG_FRAME_BREAK></img>"
+    expected = f"<img>{row}<IMG_FRAME_BREAK>{row}{row}<IMG_FRAME_BREAK></img>"
+    assert image_slot([(2, 4), (4, 4)], cell=2) == image_slot([(17, 60), (50, 64)], cell=32) == expected
 
 
 def test_slots_are_filled_in_order_over_all_texts():
-    small, large = [1, 2, 2], [1, 4, 2]
-    texts = expand_image_slots(["a<image>b<image>", "none", "<image>c"], [small, large, large, small], [1, 2, 1], 2)
-    slots = [image_slot(grids, 2) for grids in ([small], [large, large], [small])]
+    images = [[(2, 2)], [(4, 2), (4, 2)], [(2, 2)]]
+    texts = expand_image_slots(["a<image>b<image>", "none", "<image>c"], images, 2)
+    slots = [image_slot(scales, 2) for scales in images]
     assert texts == [f"a{slots[0]}b{slots[1]}", "none", f"{slots[2]}c"]
 
 
 @pytest.mark.parametrize(
-    ("texts", "num_scales", "message"),
+    ("texts", "message"),
     [
-        (["no slot"], [2], "0 <image> placeholders but 1 images"),
-        (["<image><image>", "<image>"], [2], "3 <image> placeholders but 1 images"),
-        (["<image>"], [1], "adds up to 1 scales but image_grid_thw has 2"),
-        (["<image> <IMG_CONTEXT>"], [2], "contains <IMG_CONTEXT>"),
+        (["no slot"], "0 <image> placeholders but 1 images"),
+        (["<image><image>", "<image>"], "3 <image> placeholders but 1 images"),
+        (["<image> <IMG_CONTEXT>"], "contains <IMG_CONTEXT>"),
     ],
 )
-def test_slots_that_do_not_match_are_refused(texts, num_scales, message):
+def test_slots_that_do_not_match_are_refused(texts, message):
     with pytest.raises(ValueError, match=message):
-        expand_image_slots(texts, [[1, 2, 2], [1, 4, 4]], num_scales, 2)
+        expand_image_slots(texts, [[(2, 2), (4, 4)]], 2)
 
 
 @pytest.mark.parametrize("token", [*CONTROL_TOKENS, "<s>"])
