@@ -53,8 +53,8 @@ def qwen2_vl_patches(processor: NaViLImageProcessor, image: Image.Image) -> np.n
 
 def _dense_inputs(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[list[Tensor], Tensor]:
     """(1, H, N, E) query, key and value, and the (N, N) mask of pairs within one segment."""
-    places = torch.arange(len(query), device=query.device)
-    segment = torch.searchsorted(segments.offsets, places, right=True)
+    positions = torch.arange(len(query), device=query.device)
+    segment = torch.searchsorted(segments.offsets, positions, right=True)
     return [x.transpose(0, 1)[None] for x in (query, key, value)], segment[:, None] == segment
 
 
