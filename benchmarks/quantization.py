@@ -22,9 +22,9 @@ from transformers import BatchFeature, TorchAoConfig
 
 from navil.modeling_navil import NaViLForConditionalGeneration
 from navil.processing_navil import IGNORE_INDEX, NaViLProcessor
-from recipes import evaluate
-from recipes.blueprint import load
-from recipes.data import messages
+from recipes.evaluate import answer_all, grade, held_out
+from recipes.model import load
+from recipes.packing import messages
 from recipes.tasks import TASKS, Sample
 
 FULL_PRECISION = ("vision_model", "connector", "lm_head")
@@ -67,7 +67,7 @@ def correct_answers(
     marked = [
         is_correct
         for task, drawn in samples.items()
-        for _, is_correct in evaluate.marks(drawn, evaluate.answer_all(model, processor, drawn, f"{title}, {task}"))
+        for _, is_correct in grade(drawn, answer_all(model, processor, drawn, f"{title}, {task}"))
     ]
     return f"{sum(marked)} of {len(marked)}"
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     exact, processor = load(options.model)
     exact.eval()
-    samples = {task: evaluate.held_out(task, options.count, options.difficulty) for task in TASKS}
+    samples = {task: held_out(task, options.count, options.difficulty) for task in TASKS}
     batches = [
         processor.training_batch([{"messages": messages(sample.turns, sample.images)}])
         for drawn in samples.values()
