@@ -25,7 +25,7 @@ MARGIN = 1.5  # merged cells, at most, around the content
 CROPPED_TO_CONTENT = ("text", "receipt", "scene", "two_images", "two_turns", PAGE)
 """Tasks whose answers do not depend on what surrounds the content. Pictures of other tasks are reduced only."""
 GROUNDING = "grounding"
-"""Places are asked for, so the margins are random: from none to the whole picture."""
+"""Answers are places, so margins vary from none to the whole picture."""
 
 
 def crop_sample(rng: random.Random, sample: Sample, processor: NaViLProcessor) -> Sample:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of an odd polynomial that maps singular values to about 1
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of a polynomial that maps singular values to about 1
 NEWTON_SCHULZ_STEPS = 5
 
 

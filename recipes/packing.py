@@ -117,7 +117,7 @@ def _pad(rows: list[list[Tensor]], value: float) -> Tensor:
 
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
-    """Arguments of `forward` for a packed batch; answers and dense labels are labels alike."""
+    """Arguments of `forward` for a packed batch, with `labels` of answers and visual tokens."""
     inputs = {name: x for name, x in batch.items() if name not in ("task_index", "dense_labels", "regression_targets")}
     labels = torch.where(batch["dense_labels"] < 0, batch["labels"], batch["dense_labels"])
     return inputs | {"labels": labels, "use_cache": False}
@@ -158,7 +158,7 @@ def _row_tokens(row: Sequence[Encoded]) -> int:
 
 
 def _padding_sample(ids: Tensor, cells: int, processor: NaViLProcessor) -> Encoded:
-    """A sample of these ids with a blank image of so many merged cells, without labels."""
+    """A sample without labels: these ids and a blank image of `cells` merged cells."""
     images = {}
     if cells:
         image_processor = processor.image_processor

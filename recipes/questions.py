@@ -242,7 +242,7 @@ def compare_scenes(
 ) -> Question | None:
     """A question about two scenes with the answer `wanted`; None if these scenes allow none.
 
-    With `both_present` both scenes have shapes of the kind asked for, so they must be counted.
+    With `both_present` both scenes have shapes of the kind in question, so they must be counted.
     """
     present = [{shape.kind for shape in scene.shapes} for scene in scenes]
     asked = present[0] & present[1] if both_present else present[0] | present[1]

@@ -49,7 +49,7 @@ Content = TypeVar("Content")
 
 SPLITS = ("train", "heldout")
 MAX_QUESTIONS = 6  # about a training picture
-EASIER_SHARE = 0.2  # of training samples: drawn below the difficulty asked for, to retain easy ones
+EASIER_SHARE = 0.2  # of training samples: drawn below the given difficulty, so that easy ones are not forgotten
 SMALL_TEXT_SKEW = 3  # of training texts, at level 1: more small font sizes, which are hardest to read
 DOT_LEADER_SHARE = 0.1  # of training receipts, at level 1: dots lead from the items to the prices
 MATPLOTLIB_SHARE = 0.2  # of training charts, at level 1
@@ -431,8 +431,8 @@ def make_sample(task: str, seed: int, difficulty: float = 1.0, split: str = "tra
     """The sample that belongs to these arguments: the same pixels and text on every call.
 
     `task` is one of ALL_TASKS. `difficulty` 0 is the easiest version of the task, 1 its full range. A fifth of the
-    training samples are easier than asked for, and most have several questions. Held-out samples have the difficulty
-    asked for and one question (`two_turns` two).
+    training samples are easier than `difficulty`, and most have several questions. Held-out samples have exactly that
+    difficulty and one question (`two_turns` two).
 
     Raises:
         ValueError: an unknown task or split, or a difficulty outside [0, 1].

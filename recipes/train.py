@@ -198,7 +198,7 @@ def run_stage(
     Args:
         start: model folder to start from, unless the stage has a checkpoint of its own.
         deadline: `time.monotonic()` at which to stop with a checkpoint.
-        finish_in: complete the stage in so many minutes from now, whatever its number of steps.
+        finish_in: minutes from now in which to complete the stage, instead of its number of steps.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = last_checkpoint(folder)
@@ -294,7 +294,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: python -m recipes.train --runs runs --minutes 10 --steps s2=20000",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs (%(default)s)")
-    parser.add_argument("--minutes", type=float, help="stop after so many minutes, with a checkpoint")
+    parser.add_argument("--minutes", type=float, help="stop after this time, with a checkpoint")
     parser.add_argument(
         "--steps",
         action="append",
@@ -308,7 +308,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--finish-in",
         type=float,
         metavar="MINUTES",
-        help="complete the last stage in so many minutes; its learning rate follows the time left",
+        help="complete the last stage in this time; its learning rate follows the time left",
     )
     parser.add_argument("--init", type=Path, metavar="DIR", help="train one stage only, from a published model folder")
     parser.add_argument("--stage", choices=names, help=f"the stage that --init trains ({names[-1]})")

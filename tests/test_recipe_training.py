@@ -119,8 +119,8 @@ def test_answers_and_visual_tokens_have_labels(processor, task):
     sample = make_sample(task, 3, 0.5)
     one = encode(sample, processor)
     conversation = one.conversation
-    answers = conversation.labels[conversation.labels != IGNORE_INDEX]
-    assert processor.tokenizer.decode(answers) == "".join(f"{answer}<|im_end|>" for _, answer in sample.turns)
+    answers = processor.tokenizer.decode(conversation.labels[conversation.labels != IGNORE_INDEX])
+    assert answers == "".join(f"{answer}<|im_end|>" for _, answer in sample.turns)
     assert one.num_answers == len(sample.turns) and bool(sample.images) == bool(conversation.images)
     if not sample.images or not sample.pictures[0].annotations:
         return
