@@ -17,14 +17,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint_files import (  # noqa: E402
-    WEIGHTS_NAME,
-    TensorPlan,
-    new_folder,
-    safetensors_header,
-    write_json,
-    write_weights,
-)
+from conversion.files import WEIGHTS_NAME, new_folder, write_json  # noqa: E402
+from conversion.names import Rule  # noqa: E402
+from conversion.plan import Plan  # noqa: E402
+from conversion.read import Tensors  # noqa: E402
+from conversion.write import safetensors_header, write_weights  # noqa: E402
 
 FIXTURES = ROOT / "tests" / "fixtures"
 TOKENIZERS = {"2b": "internlm2", "9b": "qwen3"}
@@ -37,23 +34,22 @@ def write(size: str, folder: Path, is_sparse: bool, max_shard_size: str) -> None
     write_json(folder / "config.json", layout["config"])
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(recording / name, folder)
-    plans = {
-        name: TensorPlan(torch.bfloat16, tuple(shape), partial(noise, name, shape))
-        for name, shape in layout["tensors"].items()
-    }
+    shapes = {name: tuple(shape) for name, shape in layout["tensors"].items()}
+    rules = [Rule({name: shape}, {}, partial(noise, name, shape)) for name, shape in shapes.items()]
+    plan = Plan(rules, Tensors(), torch.bfloat16)
     if not is_sparse:
-        write_weights(plans, folder, max_shard_size)
+        write_weights(plan, folder, max_shard_size)
         return
-    _, header = safetensors_header(plans)
+    header = safetensors_header(plan.shapes, plan.dtype)
     with open(folder / WEIGHTS_NAME, "wb") as file:
         file.write(header)
-        file.truncate(len(header) + sum(plan.num_bytes for plan in plans.values()))
+        file.truncate(len(header) + plan.num_bytes)
 
 
-def noise(name: str, shape: Sequence[int]) -> torch.Tensor:
+def noise(name: str, shape: Sequence[int]) -> list[torch.Tensor]:
     """Small normal numbers, around one for what multiplies channels."""
-    centre = 1.0 if len(shape) == 1 and not name.endswith("bias") else 0.0
-    return torch.empty(*shape, dtype=torch.bfloat16).normal_(centre, 0.02)
+    center = 1.0 if len(shape) == 1 and not name.endswith("bias") else 0.0
+    return [torch.empty(*shape, dtype=torch.bfloat16).normal_(center, 0.02)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
