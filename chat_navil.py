@@ -1,7 +1,7 @@
 """Conversations with NaViL: `model.chat`, and a session that keeps its key/value cache from turn to turn."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .image_processing_navil import flatten_images
+from .image_processing_navil import IMAGE_INPUTS, ImagePlan, count_slot_tokens, flatten_images
 from .tokenization_navil import (
     END_OF_TURN,
     IMAGE_END_TOKEN,
@@ -29,7 +29,6 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 """How transformers calls the cache: another name since 5.24."""
 
 MAX_NEW_TOKENS = 1024
-IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "num_scales")
 PIECE_LENGTH = 65536  # characters
 TOKENS_PER_CUT = 64
 
@@ -244,20 +243,15 @@ class NaViLChat:
             raise ValueError(f"question must be a text that is not empty, got {question!r:.80}")
         if self.config.image_token_id is None:
             self.init_special_token_ids(tokenizer)
-        goes_in_front = IMAGE_PLACEHOLDER not in question and not (history and earlier_images is None)
-
-        def encode(new_images: ImageInputs) -> tuple[str, Tensor, ImageInputs]:
-            num_in_front = len(new_images.get("num_scales", ())) if goes_in_front else 0
-            asked = f"{IMAGE_PLACEHOLDER}\n" * num_in_front + question
-            images = join_images([earlier_images, new_images])
-            return asked, self._encode_chat(tokenizer, [*history, (asked, None)], images, **template), images
-
-        def count_text(num_images: int) -> int:
-            empty = {"image_grid_thw": torch.empty(0, 3), "num_scales": torch.zeros(num_images)}
-            _, input_ids, _ = encode({name: values.long().to(self.device) for name, values in empty.items()})
-            return input_ids.shape[1] - 2 * num_images  # <img> and </img> are there already
-
-        return encode(self._image_inputs(pixel_values, grids, num_scales, count_text, **image_settings))
+        plans, images = self.plan_images(pixel_values, grids, num_scales, **image_settings)
+        if IMAGE_PLACEHOLDER not in question and not (history and earlier_images is None):
+            question = f"{IMAGE_PLACEHOLDER}\n" * len(plans) + question
+        earlier = self._plans_of(earlier_images) if earlier_images else []
+        input_ids = self.encode_chat(tokenizer, [*history, (question, None)], [*earlier, *plans], **template)
+        if plans and not images:
+            packed = self.image_processor.pack(plans, return_tensors="pt")
+            images = {name: tensor.to(self.device) for name, tensor in packed.items()}
+        return question, input_ids, join_images([earlier_images, images])
 
     def _answer(self, tokenizer: Any, prompts: Sequence[Tensor], options: dict[str, Any]) -> tuple[Tensor, list[str]]:
         """Generates from prompts (1, L) each; ids of prompts and answers (B, L + new), and the answers as texts."""
@@ -294,8 +288,13 @@ class NaViLChat:
             settings["streamer"] = streamer
         return {**settings, "return_dict_in_generate": False}
 
-    def _encode_chat(
-        self, tokenizer: Any, turns: Sequence, images: ImageInputs, allow_control_tokens: bool = False, **template: Any
+    def encode_chat(
+        self,
+        tokenizer: Any,
+        turns: Sequence[tuple[str, str | None]],
+        plans: Sequence[ImagePlan],
+        allow_control_tokens: bool = False,
+        **template: Any,
     ) -> Tensor:
         """Ids (1, L) of a conversation of (question, answer) turns, whose last one has no answer yet."""
         texts = [text for turn in turns for text in turn if text is not None]
@@ -303,21 +302,19 @@ class NaViLChat:
         messages = [{"role": next(roles), "content": text} for text in texts]
         template |= {"allow_control_tokens": allow_control_tokens, "add_generation_prompt": True}
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, **template)
-        check_length(tokenizer, prompt, self.config.text_config.context_length)
-        grids, num_scales = (images[name].tolist() if images else [] for name in ("image_grid_thw", "num_scales"))
-        merge_size = self.config.vision_config.spatial_merge_size
-        [prompt] = expand_image_slots([prompt], grids, num_scales, merge_size, allow_control_tokens)
+        scales, cell = [plan.scales for plan in plans], self.image_processor.cell
+        [text] = expand_image_slots([prompt], [[] for _ in plans], cell, allow_control_tokens)
+        num_tokens = count_tokens(tokenizer, text, self.config.text_config.context_length)
+        num_tokens += sum(count_slot_tokens(of_image, cell) - 2 for of_image in scales)  # <img> and </img> are counted
+        self.check_context(num_tokens, plans)
+        [prompt] = expand_image_slots([prompt], scales, cell, allow_control_tokens)
         input_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
         return input_ids.to(self.device)
 
-    def _image_inputs(
-        self, pixel_values: Any, grids: Any, num_scales: Any, count_text: Callable | None = None, **settings: Any
-    ) -> ImageInputs:
-        """Every form of image input that `chat` takes -> `pixel_values`, `image_grid_thw` and `num_scales`.
-
-        `count_text` maps a number of images to the tokens of the text around them, so that images beyond the context
-        are rejected before they fill the memory.
-        """
+    def plan_images(
+        self, pixel_values: Any, grids: Any = None, num_scales: Any = None, **settings: Any
+    ) -> tuple[list[ImagePlan], ImageInputs]:
+        """Every form of image input that `chat` takes, as plans; and the inputs of images that are packed already."""
         if isinstance(pixel_values, Mapping) and "pixel_values" in pixel_values:  # the image processor's output
             grids = pixel_values.get("image_grid_thw") if grids is None else grids
             num_scales = pixel_values.get("num_scales") if num_scales is None else num_scales
@@ -330,17 +327,14 @@ class NaViLChat:
             if settings:
                 raise ValueError(f"{', '.join(settings)} cannot change patches that are packed already")
             images = self._packed_inputs(pixel_values, grids, num_scales)
-        elif num_scales is not None or self._are_patches(pixel_values):
+            return self._plans_of(images), images
+        if num_scales is not None or self._are_patches(pixel_values):
             raise ValueError("patches and num_scales need num_patches_list, the image processor's image_grid_thw")
-        else:
-            pictures = [] if pixel_values is None else flatten_images(pixel_values)
-            if not pictures:
-                return {}
-            if count_text is not None:
-                settings["num_text_tokens"] = count_text(len(pictures))
-                settings["context_length"] = self.config.text_config.context_length
-            images = self.image_processor(pictures, multi_scale=True, return_tensors="pt", **settings)
-        return {name: tensor.to(self.device) for name, tensor in images.items()}
+        pictures = [] if pixel_values is None else flatten_images(pixel_values)
+        return self.image_processor.plan(pictures, multi_scale=True, **settings) if pictures else [], {}
+
+    def _plans_of(self, images: ImageInputs) -> list[ImagePlan]:
+        return self.image_processor.plans_of_grids(images["image_grid_thw"], images["num_scales"])
 
     def _are_patches(self, pixel_values: Any) -> bool:
         """Whether an array or tensor can only be patches: floating point and of their shape."""
@@ -349,13 +343,14 @@ class NaViLChat:
         return is_float and pixel_values.shape[1:] in ((vision.patch_dim,), (3, vision.patch_size, vision.patch_size))
 
     def _packed_inputs(self, pixel_values: Any, grids: Any, num_scales: Any) -> ImageInputs:
-        """Patches and their grids as tensors; without `num_scales`, every grid is an image of its own."""
+        """Patches and their grids as tensors on the model's device; without `num_scales`, each grid is an image."""
         grids = whole_numbers("num_patches_list", grids)
         num_scales = whole_numbers("num_scales", [1] * len(grids) if num_scales is None else num_scales).reshape(-1)
         if (num_scales < 1).any():
             raise ValueError(f"num_scales must be at least 1 per image, got {num_scales.tolist()}")
         patches = self.vision_model.check_inputs(torch.as_tensor(pixel_values), grids)
-        return {"pixel_values": patches, "image_grid_thw": grids, "num_scales": num_scales}
+        images = {"pixel_values": patches, "image_grid_thw": grids, "num_scales": num_scales}
+        return {name: tensor.to(self.device) for name, tensor in images.items()}
 
     def _images_of_questions(
         self, questions: list[str], pixel_values: Any, grids: Any, num_scales: Any, image_counts: Sequence[int] | None
@@ -368,7 +363,7 @@ class NaViLChat:
                     f"expected a list with images for each of {len(questions)} questions, got {images!r:.80}"
                 )
             return list(images)
-        packed = self._image_inputs(pixel_values, grids, num_scales)
+        _, packed = self.plan_images(pixel_values, grids, num_scales)
         counts = [question.count(IMAGE_PLACEHOLDER) for question in questions]
         counts = counts if any(counts) else [1] * len(questions)
         counts = counts if image_counts is None else whole_numbers("image_counts", image_counts).tolist()
@@ -442,21 +437,21 @@ def whole_numbers(name: str, values: Any) -> Tensor:
     return numbers.long()
 
 
-def check_length(tokenizer: Any, prompt: str, context_length: int) -> None:
-    """Raises a ValueError for a text far beyond the context before all of it is tokenized, which takes gigabytes.
+def count_tokens(tokenizer: Any, text: str, limit: int) -> int:
+    """Tokens of a text; a lower bound for one of several pieces, as a cut may add tokens.
 
-    Pieces are tokenized one by one; tokens that a cut may have added are not counted.
+    Raises:
+        ValueError: the pieces so far pass the limit. A text far beyond it would take gigabytes.
     """
-    if len(prompt) <= 4 * context_length:
-        return
     num_tokens = 0
-    for start in range(0, len(prompt), PIECE_LENGTH):
-        piece = prompt[start : start + PIECE_LENGTH]
-        num_tokens += len(tokenizer(piece, add_special_tokens=False).input_ids) - TOKENS_PER_CUT
-        if num_tokens > context_length:
+    for start in range(0, len(text), PIECE_LENGTH):
+        piece = text[start : start + PIECE_LENGTH]
+        num_tokens += len(tokenizer(piece, add_special_tokens=False).input_ids) - (TOKENS_PER_CUT if start else 0)
+        if num_tokens > limit and start + PIECE_LENGTH < len(text):
             raise ValueError(
-                f"the prompt has more than {num_tokens} tokens but the context holds {context_length}: shorten the text"
+                f"the prompt has more than {num_tokens} tokens but the context holds {limit}: shorten the text"
             )
+    return num_tokens
 
 
 @contextmanager

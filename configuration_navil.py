@@ -37,14 +37,13 @@ def _require_divisible(config: PretrainedConfig, name: str, divisor_name: str, d
 
 class _NaViLPartConfig(PretrainedConfig):
     def __init__(self, **kwargs: Any):
-        # transformers 4.51 saves that a nested config's attention was chosen, but not the choice, and would fall back
-        # to eager attention on reload.
+        # transformers 4.51 saves this flag of a nested config but not the attention itself, and would reload as eager.
         kwargs.pop("_attn_implementation_autoset", None)
         super().__init__(**kwargs)
 
 
 class NaViLVisionConfig(_NaViLPartConfig):
-    """The vision encoder: pre-norm ViT blocks with 2D RoPE over packed patches (reference §2).
+    """The vision encoder: pre-norm ViT blocks with 2D RoPE over packed patches (paper, section 3).
 
     Args:
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: width, MLP width, depth and heads;
@@ -110,12 +109,9 @@ class NaViLVisionConfig(_NaViLPartConfig):
     def _validate(self) -> None:
         _require_divisible(self, "hidden_size", "4 * num_attention_heads", 4 * self.num_attention_heads)
         _require_divisible(self, "window_size", "spatial_merge_size", self.spatial_merge_size)
-        if self.norm_type not in NORM_TYPES:
-            raise ValueError(f"norm_type must be one of {NORM_TYPES}, got {self.norm_type!r}")
-        if self.visual_token_order not in VISUAL_TOKEN_ORDERS:
-            raise ValueError(
-                f"visual_token_order must be one of {VISUAL_TOKEN_ORDERS}, got {self.visual_token_order!r}"
-            )
+        for name, allowed in (("norm_type", NORM_TYPES), ("visual_token_order", VISUAL_TOKEN_ORDERS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         outside = [block for block in self.fullatt_block_indexes or [] if not 0 <= block < self.num_hidden_layers]
         if outside:
             raise ValueError(f"fullatt_block_indexes {outside} lie outside the {self.num_hidden_layers} blocks")
@@ -136,7 +132,7 @@ class NaViLVisionConfig(_NaViLPartConfig):
 
 
 class NaViLTextConfig(_NaViLPartConfig):
-    """The decoder: a Llama-shaped LLM with one attention expert and one FFN expert per modality (reference §4).
+    """The decoder: a Llama-shaped LLM with one attention expert and one FFN expert per modality (paper, section 3).
 
     Args:
         vocab_size: rows of the embedding table.

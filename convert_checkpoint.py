@@ -14,8 +14,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from navil.tokenization_navil import ASSISTANT_PREFIXES
-
 from conversion.files import check_links, new_folder
 from conversion.hub import check_hub_access, push_folder
 from conversion.plan import plan_export, plan_from_llm, plan_official
@@ -23,6 +21,7 @@ from conversion.read import DTYPES
 from conversion.tokenizers import convert_tokenizer
 from conversion.verify import verify
 from conversion.write import write_export, write_model
+from navil.tokenization_navil import ASSISTANT_PREFIXES
 
 TEMPLATES = sorted(ASSISTANT_PREFIXES)
 OPTIONS = {

@@ -1,8 +1,8 @@
-"""Images of any resolution to packed patches for NaViL (reference §5).
+"""Images of any resolution to packed patches for NaViL (paper, section 3; docs/architecture.md).
 
-    image -> scales (largest first, each tau times the side of the one before)
-          -> resize, pad to whole merged cells, split into patches, normalize
-          -> packed smallest scale first: pixel_values (patches, 3 * p * p), image_grid_thw (scales, 3)
+    image -> plan: its scales, largest first, each tau times the side of the one before; no pixel is decoded for it
+          -> pack: decode, resize, pad to whole merged cells, split into patches, normalize
+          -> smallest scale first: pixel_values (patches, 3 * p * p), image_grid_thw (scales, 3)
 
 Inside a scale, patches keep their merge groups together: row-major over merged cells, row-major inside a cell.
 """
@@ -11,18 +11,22 @@ import base64
 import math
 import os
 import string
+import struct
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from io import BytesIO
+from itertools import accumulate
 from typing import Any
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -31,8 +35,10 @@ DOWNLOAD_TIMEOUT = 30  # seconds
 DRAFT_MARGIN = 2  # a JPEG decoded at a fraction of its size keeps sides of this many times the largest scale's
 PATCHES_AT_ONCE = 64  # normalized together, so that temporary arrays stay in the CPU's cache
 
+Source = Image.Image | str | bytes  # a picture, or the path or bytes of an image file
+IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "num_scales")
 IMAGE_KEYS = ("image", "bytes", "base64", "url", "image_url", "path")
-"""Where a dict holds its image; the first one counts, as the `path` beside a dataset's `bytes` may be a mere name."""
+"""Keys of a dict that hold its image. The first one counts: the `path` next to a data set's `bytes` may not exist."""
 URL_SCHEMES = ("http://", "https://", "file://", "data:")
 CALL_SETTINGS = ("min_pixels", "max_pixels", "scale_downsample_ratio", "multi_scale")
 SETTINGS = ("patch_size", "merge_size", *CALL_SETTINGS, "image_mean", "image_std")
@@ -41,8 +47,8 @@ RELEASED_SETTINGS = {
     **dict.fromkeys(("do_convert_rgb", "do_pad", "do_rescale", "do_normalize"), True),
     **dict.fromkeys(("do_resize", "do_center_crop"), False),
 }
-"""transformers' usual switches, with the only values that NaViL was trained with. Images are always resized to fit the
-pixel budget; `do_resize` would then distort them to whole cells, where `do_pad` pads them."""
+"""Switches of transformers' image processors, with the values that NaViL was trained with. Images are always resized to
+the pixel budget and then padded to whole cells; `do_resize` would stretch them to whole cells instead."""
 
 
 def number(value: Any) -> int | float:
@@ -81,11 +87,7 @@ def check_switches(settings: Mapping[str, Any], allowed: Sequence[str]) -> None:
 
 
 def flatten_images(images: Any, depth: int = 2) -> list[Any]:
-    """One image, any iterable of images or one of such iterables, as a flat list; a 4-D array is a batch of images.
-
-    Raises:
-        ValueError: deeper nesting.
-    """
+    """One image, or an iterable of images or of such iterables, as a flat list; a 4-D array is a batch of images."""
     if getattr(images, "ndim", None) == 4:
         return list(images)
     is_image = isinstance(images, str | bytes | bytearray | memoryview | Mapping)
@@ -97,13 +99,11 @@ def flatten_images(images: Any, depth: int = 2) -> list[Any]:
 
 
 def image_source(image: Any) -> tuple[Any, dict[str, Any]]:
-    """The image in a dict, and the `min_pixels` and `max_pixels` that the dict sets for it; else `image` itself.
+    """The image in a dict and the `min_pixels` and `max_pixels` that the dict sets for it, or `image` itself.
 
-    A dict is a message's part, `{"type": "image", "image": ...}` or `{"type": "image_url", "image_url": {"url": ...}}`,
-    or a data set's `{"bytes": ..., "path": ...}`; keys that are None do not count.
-
-    Raises:
-        ValueError: a dict without an image.
+    A dict is a part of a message, `{"type": "image", "image": ...}` or
+    `{"type": "image_url", "image_url": {"url": ...}}`, or a data set's `{"bytes": ..., "path": ...}`. Keys that are
+    None do not count.
     """
     own_budget: dict[str, Any] = {}
     while isinstance(image, Mapping):
@@ -113,7 +113,7 @@ def image_source(image: Any) -> tuple[Any, dict[str, Any]]:
             raise ValueError(f"an image part needs one of {', '.join(IMAGE_KEYS)}; got {image!r:.80}")
         own_budget = {name: part[name] for name in ("min_pixels", "max_pixels") if name in part} | own_budget
         image = found[0]
-    return image, own_budget
+    return os.fspath(image) if isinstance(image, os.PathLike) else image, own_budget
 
 
 def _is_empty(value: Any) -> bool:
@@ -121,7 +121,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def load_image(image: Any, input_data_format: str | None = None) -> Image.Image:
-    """Any image a caller may hold, as an upright RGB picture.
+    """Any image a caller may hold, upright and in RGB.
 
     Args:
         image: a PIL image; a path; a `file://`, `http(s)://` or `data:` URL; base64 text; the bytes of an image file
@@ -136,73 +136,114 @@ def load_image(image: Any, input_data_format: str | None = None) -> Image.Image:
     Raises:
         ValueError: an unreadable source, one beyond Pillow's decompression-bomb limit, or an array of another kind.
     """
-    return load_sized_image(image, input_data_format=input_data_format)[0]
+    image, _ = image_source(image)
+    source, _ = measure_image(image, input_data_format)
+    with named_in_errors(image):
+        return decode_image(source)
 
 
-def load_sized_image(
-    image: Any, max_pixels: float = math.inf, input_data_format: str | None = None
-) -> tuple[Image.Image, tuple[int, int]]:
-    """As `load_image`, and the image's full (height, width).
+def measure_image(image: Any, input_data_format: str | None = None) -> tuple[Source, tuple[int, int]]:
+    """An image as a source for `decode_image`, and its upright (height, width) in pixels.
+
+    Where the file's header gives both, no pixel is decoded. A download is kept as bytes.
+    """
+    with named_in_errors(image):
+        source = readable_source(image, input_data_format)
+        if isinstance(source, Image.Image):
+            return source, _upright_size(source, source.getexif())
+        with _open(source) as file:
+            if _is_measured_by_header(file):
+                return source, _upright_size(file, Image.Image.getexif(file))  # a PNG file's own would decode it
+            decoded = _upright_rgb(file)
+        return decoded, (decoded.height, decoded.width)
+
+
+def decode_image(source: Source, max_pixels: float = math.inf) -> Image.Image:
+    """An image from `measure_image`, upright and in RGB.
 
     A JPEG file far above `max_pixels` is decoded at a half, a quarter or an eighth of its size.
     """
-    image, _ = image_source(image)
-    if hasattr(image, "__array__") and not isinstance(image, Image.Image | str):
-        image = _image_from_array(image, input_data_format)
-    image = os.fspath(image) if isinstance(image, os.PathLike) else image
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source)
+    with _open(source) as file:
+        shrink = math.sqrt(math.prod(file.size) / max_pixels) / DRAFT_MARGIN
+        if shrink >= 2:
+            file.draft(None, tuple(math.ceil(side / shrink) for side in file.size))
+        return _upright_rgb(file)
+
+
+@contextmanager
+def named_in_errors(image: Any) -> Iterator[None]:
     try:
-        if isinstance(image, Image.Image):
-            return _upright_rgb(image, math.inf)
-        with _open_file(image) as file:
-            return _upright_rgb(file, max_pixels)
+        yield
     except Exception as error:  # Pillow's decoders raise whatever they run into
         name = repr(image)
         name = name if len(name) < 200 else f"{name[:50]}...{name[-27:]}"
         raise ValueError(f"cannot read an image from {name}: {str(error) or type(error).__name__}") from error
 
 
-def _open_file(source: Any) -> Image.Image:
-    """An image file, not yet decoded. A file that the caller opened stays open."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        return Image.open(BytesIO(source))
-    if hasattr(source, "read"):
-        return Image.open(source)
-    if not isinstance(source, str):
-        raise TypeError(f"expected an image, path, URL, text, bytes, open file or array, got {type(source).__name__}")
-    if source[:7].lower() == "file://" and os.path.exists(source[7:]):
-        return Image.open(source[7:])  # a path that is not percent-encoded
-    if source[:8].lower().startswith(URL_SCHEMES):
-        request = Request(quote(source, safe=string.punctuation), headers={"User-Agent": "navil"})
+def readable_source(image: Any, input_data_format: str | None) -> Source:
+    """A picture, or the path or bytes of an image file. A file that the caller opened stays open."""
+    if isinstance(image, Image.Image):
+        return image
+    if hasattr(image, "__array__") and not isinstance(image, str):
+        return _image_from_array(image, input_data_format)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if hasattr(image, "read"):
+        return Image.open(image)
+    if not isinstance(image, str):
+        raise TypeError(f"expected an image, path, URL, text, bytes, open file or array, got {type(image).__name__}")
+    if image[:7].lower() == "file://" and os.path.exists(image[7:]):
+        return image[7:]  # a path that is not percent-encoded
+    if image[:8].lower().startswith(URL_SCHEMES):
+        request = Request(quote(image, safe=string.punctuation), headers={"User-Agent": "navil"})
         with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            return Image.open(BytesIO(response.read()))
-    if os.path.exists(source):
-        return Image.open(source)
+            return response.read()
+    if os.path.exists(image):
+        return image
     try:
-        return Image.open(BytesIO(base64.b64decode("".join(source.split()), validate=True)))
-    except (ValueError, UnidentifiedImageError):
+        return base64.b64decode("".join(image.split()), validate=True)
+    except ValueError:
         raise FileNotFoundError("no such file, and no base64 text of an image") from None
 
 
-def _upright_rgb(image: Image.Image, max_pixels: float) -> tuple[Image.Image, tuple[int, int]]:
+def _open(source: str | bytes) -> Image.Image:
+    return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _is_measured_by_header(file: Image.Image) -> bool:
+    """Whether the header of an opened file gives its size and orientation."""
+    if file.format != "PNG":
+        return file.format in ("JPEG", "MPO", "WEBP", "GIF", "BMP")
+    begin, has_pixels = file.fp.tell(), False
+    file.fp.seek(8)  # behind the signature
+    while len(head := file.fp.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        has_pixels |= kind == b"IDAT"
+        if has_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            break
+        file.fp.seek(length + 4, os.SEEK_CUR)  # and its CRC
+    file.fp.seek(begin)
+    return len(head) < 8
+
+
+def _upright_size(image: Image.Image, exif: Image.Exif) -> tuple[int, int]:
     width, height = image.size
     if 0 in image.size:
         raise ValueError(f"an image must have at least one pixel, got {width} x {height}")
-    shrink = math.sqrt(height * width / max_pixels) / DRAFT_MARGIN
-    if shrink >= 2:
-        image.draft(None, (math.ceil(width / shrink), math.ceil(height / shrink)))
-    is_draft = image.size != (width, height)
+    is_turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (width, height) if is_turned else (height, width)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # a TIFF has turned itself by now
-    upright = image if orientation == 1 else ImageOps.exif_transpose(image)
-    if not is_draft:
-        width, height = upright.size
-    elif orientation in (5, 6, 7, 8):
-        width, height = height, width
-    return _to_rgb(upright), (height, width)
+    return _to_rgb(image if orientation == 1 else ImageOps.exif_transpose(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """As Pillow converts, but where that would saturate or guess."""
+    """As Pillow converts, except where Pillow would saturate or guess."""
     mode = image.mode
     if mode == "RGB":
         return image
@@ -292,7 +333,7 @@ def plan_scales(
 
 
 def count_slot_tokens(scales: Sequence[tuple[int, int]], cell: int) -> int:
-    """Tokens of an image's slot in a prompt (reference §6): `<img>`, its scales and `</img>`.
+    """Tokens of an image's slot in a prompt: `<img>`, its scales and `</img>`.
 
     A scale (height, width) of a frame has a token for each merged cell, one at the end of each row of cells and one at
     its own end; `cell` is the side of a merged cell in the same unit.
@@ -300,47 +341,24 @@ def count_slot_tokens(scales: Sequence[tuple[int, int]], cell: int) -> int:
     return 2 + sum(math.ceil(height / cell) * (math.ceil(width / cell) + 1) + 1 for height, width in scales)
 
 
-def largest_fitting_budget(
-    images: Sequence[tuple[Sequence[tuple[int, int]], float, float]], cell: int, tau: float | None, max_tokens: int
-) -> int | None:
-    """The largest `max_pixels` that bisection finds with which all images' slots take at most `max_tokens`.
+@dataclass
+class ImagePlan:
+    """How an image will be packed; sizes are (height, width) in pixels."""
 
-    `images` gives for each the (height, width) in pixels that it may have, its `min_pixels` and its `max_pixels`. None
-    if not even `min_pixels` is small enough.
-    """
-
-    def count_tokens(limit: int) -> int:
-        num_tokens = 0
-        for sizes, least, most in images:
-            plans = [plan_scales(*size, cell, least, max(least, min(most, limit)), tau) for size in sizes]
-            num_tokens += max(count_slot_tokens(scales, cell) for scales in plans)
-        return num_tokens
-
-    low = math.ceil(min(least for _, least, _ in images))
-    high = max(min(most, max(height * width for height, width in sizes)) for sizes, _, most in images)
-    limits = range(low, max(low, math.floor(high)) + 1)
-    num_fitting = bisect_right(limits, max_tokens, key=count_tokens)
-    return limits[num_fitting - 1] if num_fitting else None
+    image: Any  # as given, for messages
+    source: Source | None  # None for an image that is packed already
+    sizes: list[tuple[int, int]]  # the image's own; several where padding hides it
+    min_pixels: float
+    max_pixels: float
+    tau: float | None  # side ratio of consecutive scales; None for a single scale
+    scales: list[tuple[int, int]]  # before padding, smallest first
 
 
-def possible_sizes(height: int, width: int, cell: int) -> list[tuple[int, int]]:
+def unpadded_sizes(height: int, width: int, cell: int) -> list[tuple[int, int]]:
     """Some sizes (height, width) in pixels that an image padded to this size may have had before."""
     slack = [step * (cell - 1) // 3 for step in range(4)]
     sizes = [(height - bottom, width - right) for bottom in slack for right in slack]
     return [(min(h, MAX_ASPECT_RATIO * w), min(w, MAX_ASPECT_RATIO * h)) for h, w in sizes]
-
-
-def context_error(
-    num_tokens: int, context_length: int, num_images: int = 0, max_pixels: int | None = None, verb: str = "would"
-) -> ValueError:
-    """The error for a prompt that is too long; `max_pixels` as `largest_fitting_budget` gives it."""
-    images = f"its {num_images} image{'s' * (num_images > 1)}"
-    advice = f"{images} {verb} fit with max_pixels={max_pixels}"
-    if not num_images:
-        advice = "shorten the text"
-    elif max_pixels is None:
-        advice = f"{images} do not fit even at min_pixels; give fewer, shorten the text or lower min_pixels"
-    return ValueError(f"the prompt has {num_tokens} tokens but the context holds {context_length}: {advice}")
 
 
 def patchify(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
@@ -379,7 +397,7 @@ class NaViLImageProcessor(BaseImageProcessor):
         ValueError: settings outside their range, with the numbers.
     """
 
-    model_input_names = ["pixel_values", "image_grid_thw", "num_scales"]
+    model_input_names = list(IMAGE_INPUTS)
 
     def __init__(
         self,
@@ -410,42 +428,132 @@ class NaViLImageProcessor(BaseImageProcessor):
             raise ValueError(f"image_mean and image_std must have 3 numbers each, none 0 in image_std; got {given}")
 
     @classmethod
+    def from_config(cls, config: Any) -> "NaViLImageProcessor":
+        """The image processor that goes with a `NaViLConfig`."""
+        vision = config.vision_config
+        return cls(
+            patch_size=vision.patch_size,
+            merge_size=vision.spatial_merge_size,
+            min_pixels=config.min_dynamic_patch * vision.patch_size**2,
+            max_pixels=config.max_dynamic_patch * vision.patch_size**2,
+            scale_downsample_ratio=config.scale_downsample_ratio,
+        )
+
+    @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers, but settings among the keywords are checked as the constructor checks them."""
         names = [name for name in kwargs if name in SETTINGS or name in RELEASED_SETTINGS]
         return super().from_dict(image_processor_dict | {name: kwargs.pop(name) for name in names}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without the class's name, of which transformers 4 would warn at each load."""
+        """As in transformers, without the class's name: transformers 4 would warn about it at each load."""
         return {name: value for name, value in super().to_dict().items() if name != "image_processor_type"}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles as the class that the module has now: an Auto class may execute an imported module again."""
+        """Pickles as the class that the module has now: Auto classes may execute an imported module again."""
         old = type(self)
         return object.__new__, (getattr(sys.modules.get(old.__module__), old.__qualname__, old),), self.__dict__
 
-    def preprocess(
+    @property
+    def cell(self) -> int:
+        """Side of a merged cell, in pixels."""
+        return self.patch_size * self.merge_size
+
+    def preprocess(self, images: Any, return_tensors: str | None = None, **settings: Any) -> BatchFeature:
+        """`plan`, whose settings it takes, and `pack` in one; `return_tensors` is `"pt"`, `"np"` or None (NumPy)."""
+        return self.pack(self.plan(images, **settings), return_tensors)
+
+    def plan(
         self,
         images: Any,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         scale_downsample_ratio: float | None = None,
         multi_scale: bool | None = None,
-        return_tensors: str | None = None,
         input_data_format: str | None = None,
-        context_length: int | None = None,
-        num_text_tokens: int = 0,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        """Packs one image or a (nested) list of images, in any form of `load_image`; each has the full pixel budget.
+        **switches: Any,
+    ) -> list[ImagePlan]:
+        """The scales of one image or of a (nested) list of images, from their sizes: nothing is resized yet.
 
         Args default to the processor's own settings; a `max_pixels` below its `min_pixels` lowers that, and vice versa.
-            `return_tensors` is `"pt"`, `"np"` or None (NumPy arrays).
-            images: `min_pixels` and `max_pixels` in an image's dict replace those of the call for this image.
+            images: in any form of `load_image`; `min_pixels` and `max_pixels` in an image's dict replace those of the
+                call for this image.
             input_data_format: `channels_first` or `channels_last` of arrays; None finds out.
-            context_length, num_text_tokens: refuse images whose slots and this many tokens of text exceed the
-                context; no more patches are computed than fit.
-            kwargs: transformers' usual switches, with the values of `RELEASED_SETTINGS` only.
+            switches: transformers' usual ones, with the values of `RELEASED_SETTINGS` only.
+
+        Raises:
+            ValueError: no image, an unreadable one, an aspect ratio over 200, settings outside their range, or an
+                unknown keyword.
+        """
+        check_switches(switches, CALL_SETTINGS)
+        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        given = {name: value for name, value in given.items() if value is not None}
+        ratio = self.scale_downsample_ratio if scale_downsample_ratio is None else scale_downsample_ratio
+        is_multi_scale = self.multi_scale if multi_scale is None else multi_scale
+        sources = [image_source(image) for image in flatten_images(images)]
+        if not sources:
+            raise ValueError("expected at least one image, got none")
+        plans = []
+        for image, own in sources:
+            low, high, tau = scale_settings(*self._budget(**given | own), ratio)
+            tau = tau if is_multi_scale else None
+            source, size = measure_image(image, input_data_format)
+            scales = plan_scales(*size, self.cell, low, high, tau)
+            plans.append(ImagePlan(image, source, [size], low, high, tau, scales))
+        return plans
+
+    def plans_of_grids(self, image_grid_thw: Any, num_scales: Any = None) -> list[ImagePlan]:
+        """The plans of images that are packed already, from tensors as `pack` gives them."""
+        plans, grids = [], image_grid_thw.tolist()
+        num_scales = [1] * len(grids) if num_scales is None else num_scales.tolist()
+        if sum(num_scales) != len(grids):
+            raise ValueError(f"num_scales adds up to {sum(num_scales)} scales but image_grid_thw has {len(grids)}")
+        for end, count in zip(accumulate(num_scales), num_scales, strict=True):
+            own = grids[end - count : end]
+            scales = [(self.patch_size * h, self.patch_size * w) for frames, h, w in own for _ in range(frames)]
+            tau = self.scale_downsample_ratio if count > 1 else None
+            plans.append(
+                ImagePlan(None, None, unpadded_sizes(*scales[-1], self.cell), self.min_pixels, math.inf, tau, scales)
+            )
+        return plans
+
+    def context_error(self, num_tokens: int, context_length: int, plans: Sequence[ImagePlan]) -> ValueError:
+        """The error for a prompt that is too long, advising a `max_pixels` with which its images fit."""
+        plans = [plan for plan in plans if plan.source is not None] or plans  # packed ones stay as they are
+        images = f"its {len(plans)} image{'s' * (len(plans) > 1)}"
+        room = context_length - num_tokens + sum(count_slot_tokens(plan.scales, self.cell) for plan in plans)
+        if not plans:
+            advice = "shorten the text"
+        elif plans[0].source is None:  # sizes are estimates, so some room is left
+            advice = f"{images} should fit with max_pixels={self.fitting_max_pixels(plans, room * 4 // 5)}"
+        else:
+            advice = f"{images} would fit with max_pixels={self.fitting_max_pixels(plans, room)}"
+        if advice.endswith("None"):
+            advice = f"{images} do not fit even at min_pixels; give fewer, shorten the text or lower min_pixels"
+        return ValueError(f"the prompt has {num_tokens} tokens but the context holds {context_length}: {advice}")
+
+    def fitting_max_pixels(self, plans: Sequence[ImagePlan], max_tokens: int) -> int | None:
+        """The largest `max_pixels` that bisection finds with which the images' slots take at most `max_tokens`.
+
+        None if not even `min_pixels` is small enough.
+        """
+
+        def count_tokens(limit: int) -> int:
+            num_tokens = 0
+            for plan in plans:
+                budget = plan.min_pixels, max(plan.min_pixels, min(plan.max_pixels, limit))
+                scales = [plan_scales(*size, self.cell, *budget, plan.tau) for size in plan.sizes]
+                num_tokens += max(count_slot_tokens(of_size, self.cell) for of_size in scales)
+            return num_tokens
+
+        low = math.ceil(min(plan.min_pixels for plan in plans))
+        high = math.floor(max(min(plan.max_pixels, max(map(math.prod, plan.sizes))) for plan in plans))
+        limits = range(low, max(low, high) + 1)
+        num_fitting = bisect_right(limits, max_tokens, key=count_tokens)
+        return limits[num_fitting - 1] if num_fitting else None
+
+    def pack(self, plans: Sequence[ImagePlan], return_tensors: str | None = None) -> BatchFeature:
+        """Patches of planned images.
 
         Images are decoded one at a time, whole and as RGB (a JPEG file far above the budget to a fraction of its size);
         all that follows takes memory in proportion to the pixel budget.
@@ -455,70 +563,38 @@ class NaViLImageProcessor(BaseImageProcessor):
             patches, `num_scales` (images,); smallest scale first, images in the given order.
 
         Raises:
-            ValueError: no image, an unreadable one, an aspect ratio over 200, images beyond the context, settings
-                outside their range, or an unknown keyword.
+            ValueError: a damaged image.
         """
-        check_switches(kwargs, CALL_SETTINGS)
-        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        given = {name: value for name, value in given.items() if value is not None}
-        tau = self.scale_downsample_ratio if scale_downsample_ratio is None else scale_downsample_ratio
-        sources = [image_source(image) for image in flatten_images(images)]
-        if not sources:
-            raise ValueError("expected at least one image, got none")
-        budgets = [scale_settings(*self._budget(**given | own), tau) for _, own in sources]
-        tau = budgets[0][-1] if (self.multi_scale if multi_scale is None else multi_scale) else None
-
-        planned, packed, grids, num_scales = [], [], [], []
-        cell = self.patch_size * self.merge_size
-        num_tokens = num_text_tokens
-        context_length = math.inf if context_length is None else context_length
+        scales = [scale for plan in plans for scale in plan.scales]
+        grids = np.array([[1, *(self.merge_size * math.ceil(side / self.cell) for side in scale)] for scale in scales])
+        num_patches = grids.prod(1)
+        packed = np.empty((num_patches.sum(), 3 * self.patch_size**2), dtype=np.float32)
+        parts = iter(np.split(packed, num_patches.cumsum()[:-1]))
         with ThreadPoolExecutor() as pool:  # Pillow resizes without holding the interpreter's lock
-            for (image, _), (low, high, _) in zip(sources, budgets, strict=True):
-                image, full_size = load_sized_image(image, high, input_data_format)
-                planned.append(([full_size], low, high))
-                sizes = plan_scales(*full_size, cell, low, high, tau)
-                num_scales.append(len(sizes))
-                num_tokens += count_slot_tokens(sizes, cell)
-                if num_tokens > context_length:
-                    continue  # keep counting for the error
-                patches, grids_of_image = self._pack_scales(image, sizes, pool)
-                packed.append(patches)
-                grids += grids_of_image
-        if num_tokens > context_length:
-            fitting = largest_fitting_budget(planned, cell, tau, context_length - num_text_tokens)
-            raise context_error(num_tokens, context_length, len(sources), fitting)
-        pixel_values = packed[0] if len(packed) == 1 else np.concatenate(packed)
-        counts = {"image_grid_thw": np.array(grids, np.int64), "num_scales": np.array(num_scales, np.int64)}
-        return BatchFeature({"pixel_values": pixel_values, **counts}, tensor_type=return_tensors)
+            for plan in plans:
+                with named_in_errors(plan.image):
+                    image = decode_image(plan.source, plan.max_pixels)
+                own_parts = [next(parts) for _ in plan.scales]
+                # The largest scale takes longest, so it starts first; `list` raises what was raised in a thread.
+                list(pool.map(partial(self._write_patches, image), plan.scales[::-1], own_parts[::-1]))
+        num_scales = np.array([len(plan.scales) for plan in plans])
+        features = {"pixel_values": packed, "image_grid_thw": grids, "num_scales": num_scales}
+        return BatchFeature(features, tensor_type=return_tensors)
 
     def _budget(self, min_pixels: Any = None, max_pixels: Any = None) -> tuple[Any, Any]:
-        """Both ends of a budget of which one may be given: the default of the other end gives way to it."""
+        """Both ends of a budget; if only one is given, the default of the other end moves to keep min <= max."""
         if min_pixels is None:
             min_pixels = self.min_pixels if max_pixels is None else min(self.min_pixels, number(max_pixels))
         if max_pixels is None:
             max_pixels = max(self.max_pixels, number(min_pixels))
         return min_pixels, max_pixels
 
-    def _pack_scales(
-        self, image: Image.Image, sizes: Sequence[tuple[int, int]], pool: ThreadPoolExecutor
-    ) -> tuple[np.ndarray, list[list[int]]]:
-        """Patches (patches, 3 * p * p) and grids of all scales of an image, `sizes` being theirs before padding."""
-        cell = self.patch_size * self.merge_size
-        grids = [[1, *(self.merge_size * math.ceil(side / cell) for side in size)] for size in sizes]
-        ends = np.cumsum([math.prod(grid) for grid in grids])
-        packed = np.empty((ends[-1], 3 * self.patch_size**2), dtype=np.float32)
-        parts = np.split(packed, ends[:-1])
-        # The largest scale takes longest, so it starts first; `list` raises what was raised in a thread.
-        list(pool.map(partial(self._write_patches, image), sizes[::-1], parts[::-1]))
-        return packed, grids
-
     def _write_patches(self, image: Image.Image, size: tuple[int, int], patches: np.ndarray) -> None:
         """Fills in the patches (patches, 3 * p * p) of one scale, `size` being its (height, width) before padding."""
         height, width = size
-        cell = self.patch_size * self.merge_size
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixels = np.pad(np.asarray(image), ((0, -height % cell), (0, -width % cell), (0, 0)))
+        pixels = np.pad(np.asarray(image), ((0, -height % self.cell), (0, -width % self.cell), (0, 0)))
         area = self.patch_size**2
         channels = patchify(pixels, self.patch_size, self.merge_size).reshape(-1, 3, area)
         in_pairs = area % 2 == 0

@@ -6,7 +6,7 @@
 
 In every decoder layer a token meets the projections and the FFN of its own modality; norms, rotary positions and the
 causal attention over all tokens are shared (paper, section 3). No router: a token is visual iff it is `<IMG_CONTEXT>`
-or `<img>` and `pixel_values` is given (reference §4).
+or `<img>` and `pixel_values` is given.
 
 Shapes: B batch, L tokens of a sequence, T = B*L tokens, V visual tokens (merged cells), N patches, S scales
 (each scale of each frame is an attention segment), D hidden size, H heads, K key/value heads, E head dimension.
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import CandidateGenerator, GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -42,13 +42,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 # transformers copies the modules that this one imports itself, and not what they import: all of them are named here.
 from .chat_navil import CACHE, NaViLChat
 from .configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
-from .image_processing_navil import (
-    NaViLImageProcessor,
-    context_error,
-    count_slot_tokens,
-    largest_fitting_budget,
-    possible_sizes,
-)
+from .image_processing_navil import IMAGE_INPUTS, ImagePlan, NaViLImageProcessor
 from .processing_navil import NaViLProcessor
 from .tokenization_navil import IMAGE_START_TOKEN, IMAGE_TOKEN, NaViLTokenizer
 
@@ -372,7 +366,7 @@ class NaViLPreTrainedModel(PreTrainedModel):
 
 
 class NaViLVisionModel(NaViLPreTrainedModel):
-    """ViT over packed patches of any number of images and scales; no padding and no N x N mask (reference §2)."""
+    """ViT over packed patches of any number of images and scales; no padding and no N x N mask (paper, section 3)."""
 
     config_class = NaViLVisionConfig
     main_input_name = "pixel_values"
@@ -391,7 +385,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         """Features (V, merge**2, D_vision) of merged cells, in the config's `visual_token_order`.
 
         Args:
-            pixel_values: (N, 3*p*p) or (N, 3, p, p) patches, merge groups together (reference §5).
+            pixel_values: (N, 3*p*p) or (N, 3, p, p) patches, merge groups together.
             image_grid_thw: (S, 3) frames, rows and columns of each scale, in patches.
 
         Raises:
@@ -437,7 +431,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
 
 
 class NaViLConnector(nn.Module):
-    """Merges the patches of a cell into one visual token: pixel shuffle, LayerNorm, MLP (reference §3)."""
+    """Merges the patches of a cell into one visual token: pixel shuffle, LayerNorm, MLP (paper, section 3)."""
 
     def __init__(self, config: NaViLConfig):
         super().__init__()
@@ -810,7 +804,7 @@ def default_position_ids(attention_mask: Tensor | None, cache_position: Tensor) 
 def next_token_loss(
     logits: Tensor, labels: Tensor, loss_weight: Tensor | None = None, num_items: int | Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy of each position's logits against the next position's label (reference §8).
+    """Cross-entropy of each position's logits against the next position's label.
 
     Args:
         logits: (B, L, vocabulary).
@@ -837,7 +831,6 @@ def next_token_loss(
 
 # -- The composed model ------------------------------------------------------------------------------------------------
 
-IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "num_scales")
 VISUAL_INPUTS = (*IMAGE_INPUTS, "visual_token_mask")
 """Inputs of `generate` that belong to the prompt alone."""
 
@@ -846,7 +839,7 @@ TRAINING_STAGES = {
     "s1.2": ("vision_model.", "connector.", ".visual.", ".self_attn.text."),
     "s2": ("",),
 }
-"""The paper's stages and what the names of their trained parameters contain (section 4.2, reference §8)."""
+"""The paper's stages and what the names of their trained parameters contain (section 4.2)."""
 
 
 def check_slots(num_slots: int, num_visual_tokens: int) -> None:
@@ -865,27 +858,6 @@ def fill_slots(inputs_embeds: Tensor, slots: Tensor, visual_tokens: Tensor) -> T
     check_slots(int(slots.sum()), len(visual_tokens))
     visual_tokens = visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(slots[..., None].to(inputs_embeds.device), visual_tokens)
-
-
-class TextCandidates(CandidateGenerator):
-    """Another generator's candidates for assisted decoding, cut off before an image slot copied from the prompt."""
-
-    def __init__(self, generator: CandidateGenerator, image_token_id: int):
-        self.generator = generator
-        self.image_token_id = image_token_id
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.generator, name)  # `generate` looks at an assistant's settings
-
-    def get_candidates(self, input_ids: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
-        candidates, logits = self.generator.get_candidates(input_ids, *args)  # more arguments since transformers 5
-        is_text = candidates[0, input_ids.shape[1] :] != self.image_token_id  # assisted decoding has one sequence
-        num_kept = int(is_text.cumprod(0).sum())
-        logits = None if logits is None or num_kept == 0 else logits[:, :num_kept]
-        return candidates[:, : input_ids.shape[1] + num_kept], logits
-
-    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
-        self.generator.update_candidate_strategy(input_ids, scores, num_matches)
 
 
 class NaViLModel(NaViLPreTrainedModel):
@@ -991,14 +963,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         super().__init__(config)
         self.model = NaViLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        patch_pixels = config.vision_config.patch_size**2
-        self.image_processor = NaViLImageProcessor(
-            patch_size=config.vision_config.patch_size,
-            merge_size=config.vision_config.spatial_merge_size,
-            min_pixels=config.min_dynamic_patch * patch_pixels,
-            max_pixels=config.max_dynamic_patch * patch_pixels,
-            scale_downsample_ratio=config.scale_downsample_ratio,
-        )
+        self.image_processor = NaViLImageProcessor.from_config(config)
         self.post_init()
 
     @classmethod
@@ -1013,15 +978,13 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         if load_in_8bit:  # a flag of the released examples, which transformers 5 does not take
             kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
         if use_flash_attn is not None:
+            if use_flash_attn and not is_flash_attn_2_available():
+                raise ValueError("use_flash_attn=True needs an NVIDIA GPU and the package flash-attn; or leave it out")
             implementation = "flash_attention_2" if use_flash_attn else "sdpa"
             # AutoModel puts the caller's choice into the config.
             given = getattr(kwargs.get("config"), "_attn_implementation_internal", None)
-            given = kwargs.setdefault("attn_implementation", given or implementation)
-            if given != implementation:
-                meant = f"use_flash_attn={use_flash_attn} means attn_implementation={implementation!r}"
-                raise ValueError(f"{meant}, but {given!r} is given too")
-            if use_flash_attn and not is_flash_attn_2_available():
-                raise ValueError("use_flash_attn=True needs an NVIDIA GPU and the package flash-attn; or leave it out")
+            if kwargs.setdefault("attn_implementation", given or implementation) != implementation:
+                raise ValueError(f"use_flash_attn={use_flash_attn} means attn_implementation={implementation!r}")
         loaded = super().from_pretrained(*args, **kwargs)
         if kwargs.get("subfolder") and kwargs.get("generation_config") is None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -1035,10 +998,6 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
     @property
     def vision_model(self) -> NaViLVisionModel:
         return self.model.vision_model
-
-    @property
-    def connector(self) -> NaViLConnector:
-        return self.model.connector
 
     @property
     def language_model(self) -> NaViLTextModel:
@@ -1056,10 +1015,6 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
     def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """As `NaViLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw)
-
-    def get_visual_token_mask(self, input_ids: Tensor) -> Tensor:
-        """As `NaViLModel.get_visual_token_mask`."""
-        return self.model.get_visual_token_mask(input_ids)
 
     def init_special_token_ids(self, tokenizer: Any) -> None:
         """Reads the ids of `<IMG_CONTEXT>` and `<img>` off a tokenizer into the config.
@@ -1197,48 +1152,32 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((prompt for prompt in prompts if prompt is not None), None)
         if prompt is not None and prompt.shape[1] > self.config.text_config.context_length:
-            self._check_context(prompt, kwargs)
+            self._check_prompts(prompt, kwargs)
         has_ids = prompt is not None and not prompt.is_floating_point()
         if has_images and has_ids and kwargs.get("visual_token_mask") is None:
             # Of the prompt alone: generated tokens are text, also when a forward without a cache sees them again.
-            kwargs["visual_token_mask"] = self.get_visual_token_mask(prompt)
+            kwargs["visual_token_mask"] = self.model.get_visual_token_mask(prompt)
         return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def _check_context(self, prompt: Tensor, inputs: dict[str, Any]) -> None:
-        """Raises a ValueError if a row of prompts, (B, L) or (B, L, D), is longer than the context."""
-        limit, attention_mask = self.config.text_config.context_length, inputs.get("attention_mask")
-        lengths = torch.full((len(prompt),), prompt.shape[1])
+    def check_context(self, num_tokens: int, plans: Sequence[ImagePlan] = ()) -> None:
+        """Raises a ValueError for a prompt with more tokens than the context holds, and advises how its images fit."""
+        limit = self.config.text_config.context_length
+        if num_tokens > limit:
+            raise self.image_processor.context_error(num_tokens, limit, plans)
+
+    def _check_prompts(self, prompts: Tensor, inputs: dict[str, Any]) -> None:
+        """As `check_context`, for the longest row of prompts (B, L), or embeddings (B, L, D)."""
+        attention_mask, grids = inputs.get("attention_mask"), inputs.get("image_grid_thw")
+        lengths = torch.full((len(prompts),), prompts.shape[1])
         if attention_mask is not None and attention_mask.ndim == 2:
             lengths = attention_mask.sum(-1).cpu()
-        num_tokens, row = int(lengths.max()), int(lengths.argmax())
-        if num_tokens <= limit:
-            return
-        images = [] if prompt.is_floating_point() else self._grids_of_row(prompt, row, inputs)
-        if not images:
-            raise context_error(num_tokens, limit)
-        merge_size = self.config.vision_config.spatial_merge_size
-        scales = [[(rows, columns) for frames, rows, columns in grids for _ in range(frames)] for grids in images]
-        num_text = num_tokens - sum(count_slot_tokens(sizes, merge_size) for sizes in scales)
-        raise context_error(num_tokens, limit, len(images), self._fitting_budget(images, limit - num_text), "should")
-
-    def _grids_of_row(self, prompt: Tensor, row: int, inputs: dict[str, Any]) -> list[list[list[int]]]:
-        """Frames, rows and columns of all scales of each image in a row of prompts (B, L)."""
-        grids, num_scales = inputs.get("image_grid_thw"), inputs.get("num_scales")
-        if grids is None:
-            return []
-        num_scales = [1] * len(grids) if num_scales is None else num_scales.tolist()
-        rows = self._row_of_scale(prompt[:, num_cached_tokens(inputs) :], grids).split(num_scales)
-        images = zip(grids.split(num_scales), rows, strict=True)
-        return [scales.tolist() for scales, rows_of_scales in images if rows_of_scales[0] == row]
-
-    def _fitting_budget(self, images: list[list[list[int]]], max_tokens: int) -> int | None:
-        """A `max_pixels` with which images fit that are known by their grids alone; a fifth of the room is a margin."""
-        processor = self.image_processor
-        patch, cell = processor.patch_size, processor.patch_size * processor.merge_size
-        sizes = [possible_sizes(rows * patch, columns * patch, cell) for *_, (_, rows, columns) in images]
-        tau = processor.scale_downsample_ratio if any(len(grids) > 1 for grids in images) else None
-        planned = [(sizes_of_image, processor.min_pixels, math.inf) for sizes_of_image in sizes]
-        return largest_fitting_budget(planned, cell, tau, max_tokens * 4 // 5)
+        plans = []
+        if grids is not None and not prompts.is_floating_point():
+            plans = self.image_processor.plans_of_grids(grids, inputs.get("num_scales"))
+            rows = self._row_of_scale(prompts[:, num_cached_tokens(inputs) :], grids)
+            rows = rows if inputs.get("num_scales") is None else rows[inputs["num_scales"].cumsum(0) - 1]
+            plans = [plan for plan, row in zip(plans, rows.tolist(), strict=True) if row == int(lengths.argmax())]
+        self.check_context(int(lengths.max()), plans)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, visual_token_mask: Tensor | None = None, **kwargs
@@ -1292,11 +1231,6 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in VISUAL_INPUTS}
         return model_kwargs
 
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
-        generator = super()._get_candidate_generator(*args, **kwargs)
-        image_token_id = self.config.image_token_id
-        return generator if image_token_id is None else TextCandidates(generator, image_token_id)
-
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, input_ids: Tensor | None = None, **inputs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -1305,27 +1239,20 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         if expand_size > 1 and packed["pixel_values"] is not None:
             new_tokens = input_ids[:, num_cached_tokens(inputs) :]
             if self._slots(new_tokens).any():  # else the cache holds the images already
-                packed = self._repeat_images(new_tokens, expand_size, **packed)
+                packed = self._repeat_images(new_tokens, expand_size, *list(packed.values())[:2])
         input_ids, inputs = super()._expand_inputs_for_generation(expand_size, input_ids=input_ids, **inputs)
         return input_ids, inputs | {name: value for name, value in packed.items() if value is not None}
 
     def _repeat_images(
-        self, input_ids: Tensor, times: int, pixel_values: Tensor, image_grid_thw: Tensor, num_scales: Tensor | None
-    ) -> dict[str, Tensor | None]:
-        row_of_scale, num_rows = self._row_of_scale(input_ids, image_grid_thw), len(input_ids)
-
-        def repeat(x: Tensor, counts: list[int]) -> Tensor:
-            return torch.cat([of_row for of_row in x.split(counts) for _ in range(times)])
-
-        scales_per_row = row_of_scale.bincount(minlength=num_rows).tolist()
-        patches_per_row = [int(grids.prod(-1).sum()) for grids in image_grid_thw.split(scales_per_row)]
-        if num_scales is not None:
-            row_of_image = row_of_scale[num_scales.cumsum(0) - 1]
-            num_scales = repeat(num_scales, row_of_image.bincount(minlength=num_rows).tolist())
+        self, input_ids: Tensor, times: int, pixel_values: Tensor, image_grid_thw: Tensor
+    ) -> dict[str, Tensor]:
+        row_of_scale = self._row_of_scale(input_ids, image_grid_thw)
+        scales = [(row_of_scale == row).nonzero().flatten().tolist() for row in range(len(input_ids))]
+        repeated = [scale for of_row in scales for _ in range(times) for scale in of_row]
+        patches = pixel_values.split(image_grid_thw.prod(-1).tolist())
         return {
-            "pixel_values": repeat(pixel_values, patches_per_row),
-            "image_grid_thw": repeat(image_grid_thw, scales_per_row),
-            "num_scales": num_scales,
+            "pixel_values": torch.cat([patches[scale] for scale in repeated]),
+            "image_grid_thw": image_grid_thw[repeated],
         }
 
     def _row_of_scale(self, input_ids: Tensor, image_grid_thw: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -27,8 +28,8 @@ from .tokenization_navil import (
 IGNORE_INDEX = -100
 
 # What `NaViLProcessor` passes on to the image processor, which rejects what it does not know, and to the tokenizer.
-IMAGE_SETTINGS = {*ImagesKwargs.__annotations__, *inspect.signature(NaViLImageProcessor.preprocess).parameters}
-IMAGE_SETTINGS -= {"self", "images", "return_tensors", "kwargs"}
+IMAGE_SETTINGS = {*ImagesKwargs.__annotations__, *inspect.signature(NaViLImageProcessor.plan).parameters}
+IMAGE_SETTINGS -= {"self", "images", "return_tensors", "switches"}
 TEXT_SETTINGS = {*TextKwargs.__annotations__, "return_tensors"}
 TEXT_SETTINGS -= {"return_mm_token_type_ids", "return_text_replacement_offsets", "sanitize_control_tokens"}
 SETTING = "a setting of the image processor or the tokenizer"
@@ -130,14 +131,13 @@ class NaViLProcessor(ProcessorMixin):
 
     def _fill_slots(
         self, texts: Sequence[str], images: list[Any], settings: dict[str, Any], allow_control_tokens: bool
-    ) -> tuple[list[str], dict[str, Any]]:
+    ) -> tuple[list[str], dict[str, np.ndarray]]:
         """The texts with a slot for every image, and the images' inputs."""
-        check_keywords(settings, IMAGE_SETTINGS | {"return_tensors"}, SETTING)
-        settings = {"multi_scale": self.multi_scale, **settings}
-        features = dict(self.image_processor(images, **settings)) if images else {}
-        grids, num_scales = (features[name].tolist() if images else [] for name in ("image_grid_thw", "num_scales"))
-        merge_size = self.image_processor.merge_size
-        return expand_image_slots(texts, grids, num_scales, merge_size, allow_control_tokens), features
+        check_keywords(settings, IMAGE_SETTINGS, SETTING)
+        plans = self.image_processor.plan(images, **{"multi_scale": self.multi_scale, **settings}) if images else []
+        scales = [plan.scales for plan in plans]
+        texts = expand_image_slots(texts, scales, self.image_processor.cell, allow_control_tokens)
+        return texts, dict(self.image_processor.pack(plans)) if plans else {}
 
     def _tokenize(self, texts: Sequence[str], **options: Any) -> BatchEncoding:
         bos_token = self.tokenizer.bos_token  # the chat template writes it itself
@@ -242,8 +242,7 @@ class NaViLProcessor(ProcessorMixin):
             )
         [messages] = list_conversations(example["messages"])
         stretches = self._split_at_answers(hide_typed_placeholders(messages), allow_control_tokens)
-        settings = {**image_settings, "return_tensors": "pt"}
-        stretches, features = self._fill_slots(stretches, _images_of(messages), settings, allow_control_tokens)
+        stretches, features = self._fill_slots(stretches, _images_of(messages), image_settings, allow_control_tokens)
         ends = list(accumulate(map(len, stretches)))
         answers = list(zip(ends[::2], ends[1::2], strict=True))  # prompt and answer alternate
         encoding = self._tokenize(["".join(stretches)], return_offsets_mapping=True)
@@ -252,7 +251,8 @@ class NaViLProcessor(ProcessorMixin):
             token_id if any(start <= left < right <= end for start, end in answers) else IGNORE_INDEX
             for token_id, (left, right) in zip(input_ids, offsets, strict=True)
         ]
-        return Conversation(torch.tensor(input_ids), torch.tensor(labels), features)
+        images = {name: torch.from_numpy(array) for name, array in features.items()}
+        return Conversation(torch.tensor(input_ids), torch.tensor(labels), images)
 
     def _split_at_answers(self, messages: Sequence[dict[str, Any]], allow_control_tokens: bool) -> list[str]:
         """The text of a conversation, cut where an answer begins and behind the token that ends it."""

@@ -1,4 +1,4 @@
-"""Tokenizer, chat templates and image slots of NaViL (reference §6).
+"""Tokenizer, chat templates and image slots of NaViL (docs/architecture.md).
 
 messages -> chat template -> prompt with one `<image>` per image
          -> image slots   -> prompt with one `<IMG_CONTEXT>` per visual token -> ids
@@ -6,6 +6,7 @@ messages -> chat template -> prompt with one `<image>` per image
 
 import inspect
 import json
+import math
 import os
 import re
 import threading
@@ -24,7 +25,7 @@ IMAGE_TOKENS = (
     *("</box>", "<box>", "<IMG_CONTEXT>", "</img>", "<img>", "</quad>", "<quad>", "</ref>", "<ref>"),
     *("<img_uncond>", "<IMG_LINE_BREAK>", "<IMG_FRAME_BREAK>"),
 )
-"""The 12 image tokens, in the row order of the released `special_token_embedding` table (reference §4)."""
+"""The 12 image tokens, in the row order of the released `special_token_embedding` table."""
 
 SLOT_TOKENS = (IMAGE_START_TOKEN, IMAGE_TOKEN, "<IMG_LINE_BREAK>", "<IMG_FRAME_BREAK>", "</img>", "<img_uncond>")
 """Image tokens that only the package writes; the others mark grounded answers and are content."""
@@ -104,54 +105,49 @@ def template_names(template: str) -> frozenset[str]:
     return frozenset(text for (_, before), (kind, text) in pairs if kind == "name" and before != ".")
 
 
-def image_slot(grids: Iterable[Sequence[int]], merge_size: int) -> str:
+def image_slot(scales: Iterable[tuple[int, int]], cell: int) -> str:
     """Text of one image: `<img>`, its scales row by row, `</img>`.
 
     Args:
-        grids: (frames, rows, columns) of each scale, in patches.
-        merge_size: side of a merged cell, in patches.
+        scales: (height, width) of each frame of each scale.
+        cell: side of a merged cell, in the same unit.
     """
     frames = []
-    for num_frames, rows, columns in grids:
-        row = IMAGE_TOKEN * (columns // merge_size) + "<IMG_LINE_BREAK>"
-        frames += [row * (rows // merge_size) + "<IMG_FRAME_BREAK>"] * num_frames
+    for height, width in scales:
+        row = IMAGE_TOKEN * math.ceil(width / cell) + "<IMG_LINE_BREAK>"
+        frames.append(row * math.ceil(height / cell) + "<IMG_FRAME_BREAK>")
     return IMAGE_START_TOKEN + "".join(frames) + "</img>"
 
 
 def expand_image_slots(
     texts: Sequence[str],
-    grids: Sequence[Sequence[int]],
-    num_scales: Sequence[int],
-    merge_size: int,
+    images: Sequence[Sequence[tuple[int, int]]],
+    cell: int,
     allow_control_tokens: bool = False,
 ) -> list[str]:
     """Puts the images' slots where the texts say `<image>`, in order over all texts.
 
     Args:
         texts: prompts with one `<image>` per image.
-        grids: (scales, 3) frames, rows and columns in patches, all images' scales in a row.
-        num_scales: (images,) how many of these scales belong to each image.
-        merge_size: side of a merged cell, in patches.
+        images: scales of each image, as in `image_slot`.
+        cell: side of a merged cell, in the unit of the scales.
         allow_control_tokens: let slot tokens through that are in a text already.
 
     Returns:
         The texts with slots, and with the `<image>` that `hide_typed_placeholders` hid.
 
     Raises:
-        ValueError: the numbers of placeholders and images differ, scales do not add up, or a slot token is in a text.
+        ValueError: the numbers of placeholders and images differ, or a slot token is in a text.
     """
     if not allow_control_tokens:
         for text in texts:
             reject_tokens(text, SLOT_TOKENS)
-    if sum(num_scales) != len(grids):
-        raise ValueError(f"num_scales adds up to {sum(num_scales)} scales but image_grid_thw has {len(grids)}")
     num_placeholders = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
-    if num_placeholders != len(num_scales):
+    if num_placeholders != len(images):
         raise ValueError(
-            f"the text has {num_placeholders} {IMAGE_PLACEHOLDER} placeholders but {len(num_scales)} images were given"
+            f"the text has {num_placeholders} {IMAGE_PLACEHOLDER} placeholders but {len(images)} images were given"
         )
-    scale = iter(grids)
-    slots = iter([image_slot([next(scale) for _ in range(count)], merge_size) for count in num_scales])
+    slots = iter([image_slot(scales, cell) for scales in images])
     filled = [re.sub(re.escape(IMAGE_PLACEHOLDER), lambda _: next(slots), text) for text in texts]
     return [text.replace(_TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER) for text in filled]
 

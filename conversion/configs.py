@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
 from navil.configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 from navil.tokenization_navil import (
     DEFAULT_SYSTEM_MESSAGE,
@@ -13,7 +15,6 @@ from navil.tokenization_navil import (
     IMAGE_TOKEN,
     NaViLTokenizer,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 JSON = dict[str, Any]
 

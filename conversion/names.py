@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from navil.configuration_navil import NaViLConfig, NaViLTextConfig
-from navil.modeling_navil import NaViLForConditionalGeneration
 from torch import Tensor, nn
 
 from conversion.files import describe_problems
 from conversion.read import Shape, Tensors
+from navil.configuration_navil import NaViLConfig, NaViLTextConfig
+from navil.modeling_navil import NaViLForConditionalGeneration
 
 RELEASED_NAMES = (
     (r"^model\.vision_model\.patch_embedding\.", "vision_model.embeddings.patch_embedding."),

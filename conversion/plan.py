@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from navil.configuration_navil import NaViLConfig
-from navil.tokenization_navil import IMAGE_TOKENS, NaViLTokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +20,8 @@ from conversion import configs, names, tokenizers
 from conversion.configs import JSON, check_supported, need
 from conversion.files import preview, read_json, unreadable
 from conversion.read import DTYPES, Shape, Tensors, open_tensors
+from navil.configuration_navil import NaViLConfig
+from navil.tokenization_navil import IMAGE_TOKENS, NaViLTokenizer
 
 PARTS = {
     "vision encoder": "model.vision_model.",

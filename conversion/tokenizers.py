@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from navil.tokenization_navil import END_OF_TURN, IMAGE_TOKENS, NaViLTokenizer, chat_template
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer, Qwen2TokenizerFast
 
 from conversion.configs import check_supported
 from conversion.files import preview, read_json, unreadable, write_json
+from navil.tokenization_navil import END_OF_TURN, IMAGE_TOKENS, NaViLTokenizer, chat_template
 
 TURN_TOKENS = ("<|im_start|>", END_OF_TURN)
 TOKEN_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")

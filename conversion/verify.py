@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from navil.configuration_navil import NaViLConfig
-from navil.image_processing_navil import NaViLImageProcessor
-from navil.tokenization_navil import NaViLTokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
@@ -35,6 +32,9 @@ from conversion.read import DTYPES, Tensors, bounds, open_tensors, read_safetens
 from conversion.tokenizers import check_ids
 from conversion.write import copy_code, write_settings
 from navil import CODE_FILES, ROOT
+from navil.configuration_navil import NaViLConfig
+from navil.image_processing_navil import NaViLImageProcessor
+from navil.tokenization_navil import NaViLTokenizer
 
 SETTINGS_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
 SETTINGS_FILES += ("tokenizer.json", "tokenizer_config.json")

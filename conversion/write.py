@@ -15,9 +15,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from navil.configuration_navil import NaViLConfig
-from navil.image_processing_navil import NaViLImageProcessor
-from navil.processing_navil import NaViLProcessor
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -33,6 +30,8 @@ from conversion.plan import Conversion, Export, Plan, dtype_name
 from conversion.read import SAFETENSORS_DTYPES, Shape, bounds, tensor_bytes
 from conversion.tokenizers import export_tokenizer
 from navil import CODE_FILES, ROOT
+from navil.image_processing_navil import NaViLImageProcessor
+from navil.processing_navil import NaViLProcessor
 
 MODEL_CARD = Path(__file__).with_name("model_card.md")
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -52,23 +51,12 @@ def write_model(conversion: Conversion, folder: Path, max_shard_size: str) -> No
 def write_settings(conversion: Conversion, folder: Path) -> None:
     """Writes all that a model folder has besides its weights, its license and its card."""
     config = conversion.config
-    NaViLProcessor(make_image_processor(config), conversion.tokenizer).save_pretrained(folder)
+    NaViLProcessor(NaViLImageProcessor.from_config(config), conversion.tokenizer).save_pretrained(folder)
     config.torch_dtype = conversion.plan.dtype
     config.save_pretrained(folder)
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(do_sample=False, max_new_tokens=1024, **ids).save_pretrained(folder)
     copy_code(folder)
-
-
-def make_image_processor(config: NaViLConfig) -> NaViLImageProcessor:
-    vision = config.vision_config
-    return NaViLImageProcessor(
-        patch_size=vision.patch_size,
-        merge_size=vision.spatial_merge_size,
-        min_pixels=config.min_dynamic_patch * vision.patch_size**2,
-        max_pixels=config.max_dynamic_patch * vision.patch_size**2,
-        scale_downsample_ratio=config.scale_downsample_ratio,
-    )
 
 
 def copy_code(folder: Path) -> None:

@@ -107,7 +107,7 @@ def compute_maps(model: Any, processor: Any, image: Image.Image, question: str, 
     slots = (ids[0] == model.config.image_token_id).nonzero().flatten().cpu().numpy()
     return AttentionMaps(
         weights=torch.stack([layer[0].float().mean(0).cpu() for layer in attentions]).numpy(),
-        is_image=model.get_visual_token_mask(ids)[0].cpu().numpy(),
+        is_image=model.model.get_visual_token_mask(ids)[0].cpu().numpy(),
         answer=[processor.decode([token]) for token in ids[0, prompt_length:].tolist()],
         places=cell_places(slots, inputs["image_grid_thw"].tolist(), vision, module_of(model).PackedLayout),
         sizes=module_of(settings).plan_scales(image.height, image.width, cell, *budget),

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from conftest import FIXTURES
-from navil.tokenization_navil import IMAGE_TOKENS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import convert_checkpoint
 from conversion.names import EMBEDDING, HEAD, released_name
+from navil.tokenization_navil import IMAGE_TOKENS
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -17,6 +17,7 @@ with atheris.instrument_imports(include=["navil", "PIL"]):
     import conftest  # noqa: F401
     from hypothesis import given
     from hypothesis import strategies as st
+
     from navil import image_processing_navil as image_processing
     from navil import tokenization_navil as tokenization
 
@@ -41,15 +42,14 @@ numbers = st.integers(-1, 6)
 @fuzz
 @given(
     prompts=st.lists(st.one_of(texts, st.just("<image>")), max_size=4),
-    grids=st.lists(st.tuples(numbers, numbers, numbers), max_size=4),
-    num_scales=st.lists(numbers, max_size=4),
+    scales=st.lists(st.lists(st.tuples(numbers, numbers), max_size=3), max_size=4),
 )
-def slots(prompts, grids, num_scales):
+def slots(prompts, scales):
     try:
-        expanded = tokenization.expand_image_slots(prompts, grids, num_scales, 2)
+        expanded = tokenization.expand_image_slots(prompts, scales, 2)
     except ValueError:
         return
-    assert sum(text.count("<img>") for text in expanded) == len(num_scales)
+    assert sum(text.count("<img>") for text in expanded) == len(scales)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The released model, written plainly from its facts (reference §2-§4) on tensors of the released layout.
+"""The released model, written plainly from its facts (docs/conversion.md) on tensors of the released layout.
 
 Dense and slow, one sequence at a time, no code shared with the package: an independent peer for checkpoints of which no
 recording exists.

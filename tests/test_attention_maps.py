@@ -8,9 +8,8 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 
-from navil.modeling_navil import PackedLayout  # noqa: E402
-
 from examples import attention_maps  # noqa: E402
+from navil.modeling_navil import PackedLayout  # noqa: E402
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def test_weights_are_those_that_the_answer_was_generated_with(recording, maps):
         expected = torch.stack([layer[0, :, -1].mean(0) for layer in layers]).numpy()
         position = prompt_length - 1 + step
         assert np.allclose(maps.weights[:, position, : position + 1], expected, atol=1e-5)
-    is_visual = recording.model.get_visual_token_mask(inputs["input_ids"])[0].numpy()
+    is_visual = recording.model.model.get_visual_token_mask(inputs["input_ids"])[0].numpy()
     assert np.array_equal(maps.is_image[:prompt_length], is_visual)
 
 

@@ -1,7 +1,6 @@
 """The package as a Hub repository: Auto classes, subfolders, saving, reloading in a fresh process."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -134,19 +133,6 @@ def test_saved_config_names_code_in_its_own_folder(recording, tmp_path):
     assert auto_map == json.loads((ROOT / "config.json").read_text())["auto_map"]
 
 
-def test_python_of_the_readme_runs(recording, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("photo.jpg", "a.jpg", "b.jpg"):
-        recorded_image(60, 40, 1).save(name)
-    (tmp_path / "examples").mkdir()
-    recorded_image(60, 40, 1).save("examples/text.png")
-    script = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
-    assert '"weights/navil-2b"' in script and "bfloat16" in script
-    script = script.replace('".", subfolder="tiny"', f'"{ROOT}", subfolder="tiny"')
-    script = script.replace("weights/navil-2b", str(recording.folder)).replace("bfloat16", "float32")
-    exec(compile(script.replace("max_new_tokens=64", "max_new_tokens=4"), "README.md", "exec"), {})
-
-
 def test_tying_survives_saving(recording, tmp_path):
     options = {"trust_remote_code": True, "tie_word_embeddings": True}
     tied = AutoModel.from_pretrained(recording.folder, **options)
@@ -174,7 +160,7 @@ def test_use_flash_attn_chooses_the_attention(recording, monkeypatch):
 
     assert load(use_flash_attn=False).language_model.config._attn_implementation == "sdpa"
     assert load(use_flash_attn=None, attn_implementation="eager").vision_model.config._attn_implementation == "eager"
-    with pytest.raises(ValueError, match="means attn_implementation='sdpa', but 'eager' is given too"):
+    with pytest.raises(ValueError, match="means attn_implementation='sdpa'"):
         load(use_flash_attn=False, attn_implementation="eager")
     module = sys.modules[type(recording.model).__module__]
     monkeypatch.setattr(module, "is_flash_attn_2_available", lambda: False)

@@ -21,7 +21,6 @@ from conversion_helpers import (
     weights,
     write_variant,
 )
-from navil.configuration_navil import AUTO_MAP, NaViLConfig
 from released_model import SPECIAL_TOKENS, ReleasedModel
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -31,6 +30,7 @@ from conversion.names import check_sources, official_rules
 from conversion.plan import plan_official
 from conversion.read import Tensors
 from navil import CODE_FILES
+from navil.configuration_navil import AUTO_MAP, NaViLConfig
 
 MODEL_FILES = {"config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"}
 MODEL_FILES |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors"}
@@ -89,10 +89,11 @@ def test_variants_obey_the_released_equations(tmp_path, backbone, variant):
     config = read_json(tmp_path / "source" / "config.json")
     released = ReleasedModel(config, tensors, token_ids)
 
-    images = model._image_inputs([recorded_image(200, 130, 0), recorded_image(60, 90, 1)], None, None)
+    plans, _ = model.plan_images([recorded_image(200, 130, 0), recorded_image(60, 90, 1)])
+    images = model.image_processor.pack(plans, "pt")
     pixel_values, grids = images["pixel_values"], images["image_grid_thw"].tolist()
-    ids = model._encode_chat(tokenizer, [("<image>\n<ref>left</ref> or <image> <box>right</box>?", None)], images)
-    text_ids = model._encode_chat(tokenizer, [("No image.", None)], {})
+    ids = model.encode_chat(tokenizer, [("<image>\n<ref>left</ref> or <image> <box>right</box>?", None)], plans)
+    text_ids = model.encode_chat(tokenizer, [("No image.", None)], [])
     assert config.get("system_message", "InternVL") in tokenizer.decode(ids[0])
     with torch.no_grad():
         visual_tokens = model.get_image_features(pixel_values, images["image_grid_thw"])

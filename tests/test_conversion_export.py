@@ -17,12 +17,12 @@ from conversion_helpers import (
     weights,
     write_llm,
 )
-from navil.tokenization_navil import IMAGE_TOKENS
 from transformers import AutoTokenizer
 
 import convert_checkpoint
 from conversion.configs import convert_config
 from conversion.tokenizers import convert_tokenizer
+from navil.tokenization_navil import IMAGE_TOKENS
 
 
 def assert_same(before, after, almost: str = "no tensor", tolerance: float = 0.0) -> None:

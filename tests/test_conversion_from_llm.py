@@ -80,8 +80,9 @@ def test_pictures_go_through_and_learn(tmp_path):
     folder = convert("from-llm", tmp_path / "llm", tmp_path / "navil")
     model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert isinstance(model.chat(tokenizer, recorded_image(70, 50, 0), "What?", {"max_new_tokens": 3}), str)
-    images = model._image_inputs(recorded_image(70, 50, 0), None, None)
-    ids = model._encode_chat(tokenizer, [("<image>What?", None)], images)
+    plans, _ = model.plan_images(recorded_image(70, 50, 0))
+    images = model.image_processor.pack(plans, "pt")
+    ids = model.encode_chat(tokenizer, [("<image>What?", None)], plans)
     model.train()(ids, labels=ids, **images).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import sentencepiece
 from conftest import ROOT
-from navil.tokenization_navil import IMAGE_TOKENS
 from transformers import Qwen2TokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from conversion.tokenizers import convert_tokenizer
+from navil.tokenization_navil import IMAGE_TOKENS
 
 TURN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 QWEN_PATTERN = (

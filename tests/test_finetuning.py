@@ -71,8 +71,9 @@ def test_training_ids_begin_like_the_ids_that_chat_sees(recording):
     image = recorded_image(120, 90, 1)
     batch = recording.processor.training_batch([example(("What is it?", "a wave"), images=(image,))])
     start = int((batch["labels"][0] != IGNORED).nonzero()[0])
-    images = recording.model._image_inputs(image, None, None)
-    ids = recording.model._encode_chat(recording.tokenizer, [("<image>\nWhat is it?", None)], images)
+    plans, _ = recording.model.plan_images(image)
+    images = recording.model.image_processor.pack(plans, "pt")
+    ids = recording.model.encode_chat(recording.tokenizer, [("<image>\nWhat is it?", None)], plans)
     assert ids[0].tolist() == batch["input_ids"][0, :start].tolist()
     assert torch.equal(images["pixel_values"], batch["pixel_values"])
 

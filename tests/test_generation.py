@@ -325,7 +325,9 @@ def chat_turn_by_turn(recording, session) -> tuple[list[int], list[int]]:
         assert session.history == [*history, (asked, answer)]
         expected = recording.model.chat(recording.tokenizer, session.images, asked, SHORT, history=history)
         assert answer == expected
-        prompt = recording.model._encode_chat(recording.tokenizer, [*history, (asked, None)], session.images)
+        grids = [session.images[name] for name in ("image_grid_thw", "num_scales") if session.images]
+        plans = recording.model.image_processor.plans_of_grids(*grids) if grids else []
+        prompt = recording.model.encode_chat(recording.tokenizer, [*history, (asked, None)], plans)
         lengths.append(prompt.shape[1])
         saved.append(prompt.shape[1] - session.num_prefilled)
     return lengths, saved

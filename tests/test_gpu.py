@@ -3,12 +3,12 @@
 import pytest
 import torch
 from conftest import recorded_image, relative_error
-from navil import modeling_navil as modeling
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
 from benchmarks import run
+from navil import modeling_navil as modeling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

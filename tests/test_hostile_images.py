@@ -11,16 +11,18 @@ from conftest import FIXTURES, recorded_image
 from fuzzing import damaged_files, fuzz
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
 from navil.image_processing_navil import (
+    ImagePlan,
     NaViLImageProcessor,
     count_slot_tokens,
-    largest_fitting_budget,
+    decode_image,
     load_image,
-    load_sized_image,
+    measure_image,
     plan_scales,
 )
 from navil.tokenization_navil import image_slot
-from PIL import Image, ImageFile
 
 CRASHES = sorted((FIXTURES / "crashes").iterdir())
 GRADIENT = np.add.outer(np.arange(0, 160, 8), np.arange(0, 90, 3)).astype(np.uint8)  # 20 x 30
@@ -191,9 +193,12 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(max_pixels, fraction,
     exif = Image.Exif()
     exif[0x0112] = 6
     recorded_image(480, 320, 0).save(tmp_path / "large.jpg", exif=exif)
-    image, size = load_sized_image(tmp_path / "large.jpg", max_pixels)
-    assert load_sized_image((tmp_path / "large.jpg").read_bytes(), max_pixels) == (image, size)
-    assert load_sized_image((tmp_path / "large.jpg").as_uri(), max_pixels) == (image, size)
+    path = tmp_path / "large.jpg"
+    source, size = measure_image(str(path))
+    image = decode_image(source, max_pixels)
+    for other in (path.read_bytes(), path.as_uri()):
+        source, other_size = measure_image(other)
+        assert (decode_image(source, max_pixels), other_size) == (image, size)
     assert size == (480, 320)  # upright
     assert image.size == (320 // fraction, 480 // fraction)
     assert fraction == 8 or image.width * image.height < 16 * max_pixels or fraction == 1
@@ -254,9 +259,8 @@ def test_scales_keep_the_budget(size, budget, tau):
         assert height * width >= min_pixels or not is_grown
         aspect_error = abs(height * size[1] - width * size[0]) / max(size)
         assert aspect_error <= max(height, width) / min(height, width) + 1
-    grids = [(1, -(-height // 32) * 2, -(-width // 32) * 2) for height, width in scales]
-    if sum(rows * columns for _, rows, columns in grids) < 40_000:
-        assert count_slot_tokens(scales, cell=32) == image_slot(grids, 2).count("<")
+    if count_slot_tokens(scales, cell=32) < 40_000:
+        assert count_slot_tokens(scales, cell=32) == image_slot(scales, 32).count("<")
 
 
 @fuzz
@@ -269,7 +273,8 @@ def test_a_suggested_budget_fits(images, max_tokens, tau):
     def tokens(budget: int) -> int:
         return sum(count_slot_tokens(plan_scales(*size, 32, 4096, budget, tau), cell=32) for size in images)
 
-    suggested = largest_fitting_budget([([size], 4096, 10**7) for size in images], 32, tau, max_tokens)
+    plans = [ImagePlan(None, None, [size], 4096, 10**7, tau, []) for size in images]
+    suggested = NaViLImageProcessor().fitting_max_pixels(plans, max_tokens)
     if suggested is None:
         assert tokens(4096) > max_tokens
     else:
@@ -281,12 +286,14 @@ def test_a_suggested_budget_fits_images_with_budgets_of_their_own():
     images = [recorded_image(300, 200, seed) for seed in range(3)]
     parts = [images[0], {"image": images[1], "max_pixels": 9_000}, {"image": images[2], "max_pixels": 60_000}]
     processor = NaViLImageProcessor(min_pixels=4_096)
-    with pytest.raises(ValueError, match="would fit with max_pixels=") as raised:
-        processor(parts, context_length=100)
-    suggested = int(str(raised.value).rpartition("=")[2])
+    suggested = processor.fitting_max_pixels(processor.plan(parts), 100)
     assert suggested > 9_000
     lowered = [parts[0], parts[1], {**parts[2], "max_pixels": suggested}]
-    processor(lowered, max_pixels=suggested, context_length=100)
+
+    def num_tokens(images, **settings):
+        return sum(count_slot_tokens(plan.scales, 32) for plan in processor.plan(images, **settings))
+
+    assert num_tokens(lowered, max_pixels=suggested) <= 100 < num_tokens(parts)
 
 
 # -- arrays ------------------------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ from conftest import FIXTURES, ROOT, recorded_image
 from fuzzing import GROUNDING, SPECIAL, fuzz, texts
 from hypothesis import example, given
 from hypothesis import strategies as st
-from navil.image_processing_navil import NaViLImageProcessor, count_slot_tokens, plan_scales
-from navil.tokenization_navil import CONTROL_TOKENS, IMAGE_PLACEHOLDER, NaViLTokenizer
 from transformers import AutoTokenizer
 
 import convert_checkpoint as converter
+from navil.image_processing_navil import NaViLImageProcessor, count_slot_tokens, plan_scales
+from navil.tokenization_navil import CONTROL_TOKENS, IMAGE_PLACEHOLDER, NaViLTokenizer
 
 ROLES = ("user", "assistant", "system", "tool")
 
@@ -84,12 +84,12 @@ def test_control_tokens_depend_on_structure_alone(tokenizers, structure, which, 
 @given(question=texts, history=st.lists(st.tuples(texts, texts), max_size=2), num_images=st.integers(0, 2))
 def test_chat_prompts_too(recordings, question, history, num_images):
     model, tokenizer = recordings["qwen3"].model, recordings["qwen3"].tokenizer
-    slots = {"image_grid_thw": torch.tensor([[1, 2, 4]] * num_images), "num_scales": torch.ones(num_images).long()}
+    slots = model.image_processor.plans_of_grids(torch.tensor([[1, 2, 4]] * num_images))
     placeholders = f"{IMAGE_PLACEHOLDER}\n" * num_images
     plain = [*[("a", "a") for _ in history], (f"{placeholders}a", None)]
-    expected = model._encode_chat(tokenizer, plain, slots)[0].tolist()
+    expected = model.encode_chat(tokenizer, plain, slots)[0].tolist()
     try:
-        ids = model._encode_chat(tokenizer, [*history, (placeholders + question, None)], slots)[0].tolist()
+        ids = model.encode_chat(tokenizer, [*history, (placeholders + question, None)], slots)[0].tolist()
     except ValueError:
         said = [question, *(text for turn in history for text in turn)]
         refused = (*SPECIAL, IMAGE_PLACEHOLDER)
@@ -125,7 +125,7 @@ def test_one_switch_gives_the_released_reading(recording):
     with pytest.raises(ValueError, match="reserved"):
         model.chat(tokenizer, None, forged, settings)
     answer = model.chat(tokenizer, None, forged, settings, allow_control_tokens=True)
-    ids = model._encode_chat(tokenizer, [(forged, None)], {}, allow_control_tokens=True)
+    ids = model.encode_chat(tokenizer, [(forged, None)], [], allow_control_tokens=True)
     assert ids[0].tolist().count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 5
     output = model.generate(ids, **settings, eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"))
     assert answer == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
@@ -219,7 +219,7 @@ def refusal(call) -> tuple[int, int | None]:
 
 def test_long_text(short_context):
     model, tokenizer = short_context.model, short_context.tokenizer
-    overhead = model._encode_chat(tokenizer, [("x", None)], {}).shape[1] - len(
+    overhead = model.encode_chat(tokenizer, [("x", None)], []).shape[1] - len(
         tokenizer("x", add_special_tokens=False).input_ids
     )
     question = "x"
@@ -283,7 +283,7 @@ def test_fifty_images(short_context, monkeypatch):
     monkeypatch.setattr(type(model.image_processor), "_write_patches", count)
     tokens, suggested = refusal(lambda: model.chat(tokenizer, images, "What?", ONE_TOKEN))
     assert tokens > 50 * 12 and suggested is None
-    assert 0 < len(made) < 50  # no more patches than fit
+    assert not made  # refused before any pixel is touched
     monkeypatch.setattr(model.image_processor, "min_pixels", 1)
     monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 600)
     with pytest.raises(
@@ -311,9 +311,13 @@ def test_budgets_suggested_from_grids_alone_fit_the_pictures(recordings, multi_s
     for size in sizes:
         whole = scales(size, processor.max_pixels)
         room = generator.randint(10, count_slot_tokens(whole, cell=32) - 1)
-        suggested = model._fitting_budget([[[1, -(-h // 32) * 2, -(-w // 32) * 2] for h, w in whole]], room)
-        if suggested is not None:
+        grids = torch.tensor([[1, -(-h // 32) * 2, -(-w // 32) * 2] for h, w in whole])
+        plans = processor.plans_of_grids(grids, torch.tensor([len(grids)]))
+        slot = count_slot_tokens(whole, cell=32)
+        error = str(processor.context_error(slot, room, plans))
+        if "should fit" in error:
             num_suggested += 1
+            suggested = int(error.rsplit("=")[-1])
             assert count_slot_tokens(scales(size, suggested), cell=32) <= room
     assert num_suggested > 50
 

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import relative_error
-from navil.configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from navil import modeling_navil as modeling
+from navil.configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 
 TEXT = {
     "vocab_size": 200,
@@ -218,7 +218,7 @@ def test_visual_token_mask_with_ready_embeddings_equals_pixels():
     with torch.no_grad():
         expected = model(ids, **images).logits
         features = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
-        mask = model.get_visual_token_mask(ids)
+        mask = model.model.get_visual_token_mask(ids)
         embeds = modeling.fill_slots(model.get_input_embeddings()(ids), ids == IMAGE, features)
         assert torch.equal(model(inputs_embeds=embeds, visual_token_mask=mask).logits, expected)
         generated = model.generate(

@@ -1,48 +1,116 @@
-"""The READMEs hold together: links lead somewhere, and the Chinese one says what the English one says."""
+"""The documents hold together: links lead somewhere, named tests exist, Python runs, both READMEs say the same."""
 
+import json
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, recorded_image
+from transformers import GenerationMixin
 
-READMES = ["README.md", "README.zh.md", "examples/README.md", "examples/evaluation/README.md", "recipes/README.md"]
+READMES = ("README.md", "README.zh.md")
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "docs/*.md", "*/README.md", "examples/evaluation/README.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def body(name: str) -> str:
+    """A document without its metadata."""
+    return re.sub(r"\A---\n.*?\n---\n", "", read(name), flags=re.DOTALL)
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub and the Hub make them."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_to_files_and_headings(name):
+    folder, text = (ROOT / name).parent, read(name)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if path.startswith(("http://", "https://")):
+            continue
+        target = folder / path if path else ROOT / name
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("name", [*READMES, "recipes/README.md"])
+def test_readmes_have_at_most_250_lines(name):
+    assert len(read(name).splitlines()) <= 250
+
+
+def test_both_readmes_have_the_same_commands():
+    def commands(name: str) -> list[str]:
+        lines = "".join(code_blocks(read(name), "bash")).splitlines()
+        return [line.split(" #")[0].strip() for line in lines]
+
+    english, chinese = map(commands, READMES)
+    assert english and chinese == english
+
+
+def test_both_readmes_have_the_same_sections_tables_and_calls():
+    def outline(name: str) -> list[str]:
+        calls = [call for block in code_blocks(read(name), "python") for call in re.findall(r"\w+\(", block)]
+        return re.findall(r"^(?:##+ |\|---.*|- )", body(name), flags=re.MULTILINE) + calls
+
+    english, chinese = map(outline, READMES)
+    assert english and chinese == english
+
+
+def test_both_readmes_have_the_same_numbers_in_their_tables():
+    def numbers(name: str) -> list[list[str]]:
+        rows = re.findall(r"^\|.*", read(name), flags=re.MULTILINE)
+        return [re.findall(r"\d[\d.,]*\d|\d", re.sub(r"\]\([^)]*\)", "", row)) for row in rows]
+
+    english, chinese = map(numbers, READMES)
+    assert any(english) and chinese == english
+
+
+def test_tests_named_in_the_guarantees_exist():
+    named = set(re.findall(r"`(test_\w+)`", read("docs/guarantees.md")))
+    defined = re.findall(r"def (test_\w+)", "".join(path.read_text() for path in ROOT.glob("tests/test_*.py")))
+    assert named and named - set(defined) == set()
+
+
+def test_python_of_the_readme_runs(recordings, tmp_path, monkeypatch):
+    folder = recordings["internlm2"].folder
+    monkeypatch.chdir(tmp_path)
+    for name in ("photo.jpg", "a.jpg", "b.jpg"):
+        recorded_image(60, 40, 1).save(name)
+    generate = GenerationMixin.generate
+    monkeypatch.setattr(  # random weights do not end an answer
+        GenerationMixin, "generate", lambda *args, **settings: generate(*args, **settings | {"max_new_tokens": 2})
+    )
+    script = "\n".join(code_blocks(read("README.md"), "python"))
+    assert '"weights/navil-2b"' in script and "bfloat16" in script
+    script = script.replace("weights/navil-2b", str(folder)).replace("bfloat16", "float32")
+    exec(compile(script, "README.md", "exec"), {})
+
+
+def test_parameters_are_the_documented_ones(capsys):
+    [script] = code_blocks(read("docs/architecture.md"), "python")
+    exec(compile(script, "docs/architecture.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == script.split("# ")[-1].strip()
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_relative_links_lead_to_files(name):
-    path = ROOT / name
-    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
-    local = [link for link in links if not link.startswith(("http://", "https://"))]
-    assert [link for link in local if not (path.parent / link).exists()] == []
-
-
-def test_chinese_commands_are_the_english_ones():
-    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in READMES[:2])
-    commands = [
-        line.split("#")[0].strip()
-        for block in re.findall(r"```bash\n(.*?)```", chinese, flags=re.DOTALL)
-        for line in block.splitlines()
-    ]
-    assert commands and [line for line in commands if line and line not in english] == []
-
-
-def test_both_have_the_same_sections_tables_and_calls():
-    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in READMES[:2])
-
-    def outline(text: str) -> list[str]:
-        guarantees = text.find("\n| guarantee |")  # a table that the Chinese one sums up
-        text = text if guarantees < 0 else text[:guarantees] + text[text.index("Tried without") :]
-        calls = [re.findall(r"\w+\(", block) for block in re.findall(r"```(?:python|py)\n(.*?)```", text, flags=re.S)]
-        return re.findall(r"^(?:##+ |\|---)", text, flags=re.M) + calls
-
-    assert outline(chinese) == outline(english)
-
-
-def test_published_numbers_are_the_same_in_both():
-    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in READMES[:2])
-    rows = [
-        line
-        for line in english.splitlines()
-        if re.match(r"\| (Qwen2.5|InternVL|EVEv2|SAIL|NaViL-\dB \| \d+\.\dB)", line)
-    ]
-    assert len(rows) == 6 and all(row in chinese for row in rows)
+def test_the_first_answer_shown_is_recorded_and_true(name):
+    image = re.findall(r'<img src="([^"]+)"', read(name))[0]
+    question, answer = re.findall(r"^\*\*(.+?)\*\* `(.+)`", read(name), flags=re.MULTILINE)[0]
+    recorded = json.loads(read("examples/answers.json"))  # tests/test_tiny.py compares the model with it
+    assert {"image": image, "question": question, "true": answer, "answer": answer} in recorded
+    assert f'--image {image} --question "{question}"' in read(name)

@@ -42,7 +42,7 @@ def test_losses(recording, case):
 @pytest.mark.parametrize("case", WITH_IMAGES)
 def test_visual_token_mask(recording, case):
     tensors = recording.tensors(case)
-    mask = recording.model.get_visual_token_mask(tensors["input_ids"])
+    mask = recording.model.model.get_visual_token_mask(tensors["input_ids"])
     assert torch.equal(mask, tensors["visual_token_mask"].bool())
 
 
@@ -51,10 +51,10 @@ def test_prompt_and_ids_from_chat_and_from_processor(recording, case):
     recorded, expected_ids = recording.cases[case], recording.tensors(case)["input_ids"]
     images = recording.images(case) or []
     turns = [*(recording.history(case) or []), (recorded["question"], None)]
-    chat_inputs = recording.model._image_inputs(images or None, None, None)
+    plans, _ = recording.model.plan_images(images)
     prefix = "" if recorded["history"] else "<image>\n" * len(images)
     turns[-1] = (prefix + recorded["question"], None)
-    ids = recording.model._encode_chat(recording.tokenizer, turns, chat_inputs)
+    ids = recording.model.encode_chat(recording.tokenizer, turns, plans)
     assert torch.equal(ids, expected_ids)
     assert recording.tokenizer.decode(ids[0]) == recorded["prompt"]
 

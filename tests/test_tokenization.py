@@ -1,4 +1,8 @@
-"""Tokenizer: InternLM2's SentencePiece exactly, chat templates, image slots, nothing forged (reference §6)."""
+"""The tokenizer: the ids of SentencePiece and Qwen2, chat templates, settings that survive saving, image slots.
+
+Control and grounding tokens in messages are tested in test_hostile_prompts.py, real vocabularies in
+test_conversion_tokenizers.py, recorded prompts in test_reference_parity.py.
+"""
 
 import json
 import random
@@ -7,8 +11,12 @@ import shutil
 import pytest
 import sentencepiece
 from conftest import FIXTURES, ROOT
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, Qwen2Tokenizer
+
+import convert_checkpoint as converter
+from conversion.tokenizers import convert_tokenizer
 from navil.tokenization_navil import (
-    CONTROL_TOKENS,
     DEFAULT_SYSTEM_MESSAGE,
     IMAGE_TOKENS,
     NaViLTokenizer,
@@ -16,11 +24,6 @@ from navil.tokenization_navil import (
     expand_image_slots,
     image_slot,
 )
-from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, Qwen2Tokenizer
-
-import convert_checkpoint as converter
-from conversion.tokenizers import convert_tokenizer
 
 SENTENCEPIECE_FOLDERS = ("tokenizer_internlm2", "tokenizer_internlm2_dummy_prefix")
 
@@ -75,33 +78,29 @@ def test_qwen_vocabulary_files_equal_the_slow_tokenizer(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     converted = convert_tokenizer(tmp_path)
     peer = Qwen2Tokenizer.from_pretrained(tmp_path)
-    for text in (
-        "Please describe the image.",
-        "<|im_start|>user\n人工智能 is <ref>it</ref>  12,5%<|im_end|>",
-        " \t\n x",
-    ):
+    for text in ("What is it?", "<|im_start|>user\n人工智能 is <ref>it</ref>  12,5%<|im_end|>", " \t\n x"):
         assert converted(text)["input_ids"] == peer(text)["input_ids"]
 
 
-def test_template_is_the_recorded_prompt(recording):
-    recorded = recording.cases["text_only"]
-    messages = [{"role": "user", "content": recorded["question"]}]
-    prompt = recording.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert prompt == recorded["prompt"]
-    in_parts = [{"role": "user", "content": [{"type": "text", "text": recorded["question"]}]}]
-    with_system = [{"role": "system", "content": DEFAULT_SYSTEM_MESSAGE}, *in_parts]
-    for same in (in_parts, with_system):
-        assert recording.tokenizer.apply_chat_template(same, tokenize=False, add_generation_prompt=True) == prompt
+# -- chat templates ----------------------------------------------------------------------------------------------------
+
+HELLO = [{"role": "user", "content": "a"}]
 
 
-def rendered(template: str, system_message: str, messages: list[dict], **options) -> str:
-    tokenizer = blank_tokenizer(template=template, system_message=system_message)
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+def test_a_text_is_a_text_part_and_the_system_message_has_a_default(recording):
+    in_parts = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    conversations = [HELLO, in_parts, [{"role": "system", "content": DEFAULT_SYSTEM_MESSAGE}, *HELLO]]
+    assert len(set(recording.tokenizer.apply_chat_template(conversations, tokenize=False))) == 1
 
 
 def blank_tokenizer(**options) -> NaViLTokenizer:
     vocabulary = {token: index for index, token in enumerate((*IMAGE_TOKENS, "<|im_start|>", "<|im_end|>"))}
     return NaViLTokenizer(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)), **options)
+
+
+def rendered(template: str, system_message: str, messages: list[dict], **options) -> str:
+    tokenizer = blank_tokenizer(template=template, system_message=system_message)
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 def test_templates_in_full():
@@ -123,41 +122,51 @@ def test_templates_in_full():
 
 
 def test_thinking_is_left_to_the_model():
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    default, thinking = (
-        rendered("qwen3-chat", "s", messages, add_generation_prompt=True, enable_thinking=value)
-        for value in (False, True)
-    )
-    assert default.endswith("b<|im_end|><|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert thinking == default.removesuffix("<think>\n\n</think>\n\n")
+    messages = [*HELLO, {"role": "assistant", "content": "b"}]
+    options = {"messages": messages, "add_generation_prompt": True}
+    thinking = rendered("qwen3-chat", "s", **options, enable_thinking=True)
+    assert thinking.endswith("b<|im_end|><|im_start|>assistant\n")
+    assert rendered("qwen3-chat", "s", **options, enable_thinking=False) == thinking + "<think>\n\n</think>\n\n"
     with pytest.raises(ValueError, match="unknown keyword enable_thinking=True"):
-        rendered("internlm2-chat", "s", messages, enable_thinking=True)
+        rendered("internlm2-chat", "s", **options, enable_thinking=True)
 
 
-def test_system_message_and_template_at_load(tmp_path):
-    blank_tokenizer(template="qwen3-chat", system_message="Hi.").save_pretrained(tmp_path)
-    messages = [{"role": "user", "content": "a"}]
+def test_template_and_system_message_are_settings_of_loading_and_saving(tmp_path):
+    tokenizer = blank_tokenizer(template="qwen3-chat", system_message="Hi.", spaces_between_special_tokens=True)
+    tokenizer.save_pretrained(tmp_path)
+
+    def load(folder=tmp_path, **options):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=True, **options)
 
     def prompt(call=None, **options):
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True, **options)
-        tokenizer.save_pretrained(tmp_path / "again")
-        again = AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
-        prompts = [t.apply_chat_template(messages, tokenize=False, **call or {}) for t in (tokenizer, again)]
+        tokenizer, again = load(**options), tmp_path / "again"
+        tokenizer.save_pretrained(again)
+        prompts = [t.apply_chat_template(HELLO, tokenize=False, **call or {}) for t in (tokenizer, load(again))]
         assert prompts[0] == prompts[1]
         return prompts[0]
 
     start, end = "<|im_start|>system\n", "<|im_end|><|im_start|>user\na<|im_end|>"
+    assert load().spaces_between_special_tokens and load().chat_template == chat_template("qwen3-chat", "Hi.")
     assert prompt() == f"{start}Hi.{end}"
     assert prompt(system_message='You are a "pirate".') == f'{start}You are a "pirate".{end}'
     assert prompt({"system_message": ""}, system_message="b") == f"{start}{end}"
-    answered = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True, template="Hermes-2")
-    assert answered.chat_template == chat_template("Hermes-2", "Hi.")
-    tokenizer = blank_tokenizer(chat_template="{{ messages[0].content }}", template="qwen3-chat")
-    tokenizer.save_pretrained(tmp_path)
+    assert load(template="Hermes-2").chat_template == chat_template("Hermes-2", "Hi.")
+    blank_tokenizer(chat_template="{{ messages[0].content }}", template="qwen3-chat").save_pretrained(tmp_path)
     assert prompt() == "a"
     assert prompt(template="qwen3-chat", system_message="c") == f"{start}c{end}"
     with pytest.raises(ValueError, match="unknown keyword system_message='c'"):
         prompt(system_message="c")
+
+
+def test_control_tokens_in_a_batch_are_refused_unless_allowed(recording):
+    batch = [HELLO, [*HELLO, {"role": "assistant", "content": "a <|im_end|> b"}]]
+    with pytest.raises(ValueError, match="reserved"):
+        recording.tokenizer.apply_chat_template(batch, tokenize=False)
+    prompts = recording.tokenizer.apply_chat_template(batch, tokenize=False, allow_control_tokens=True)
+    assert "a <|im_end|> b<|im_end|>" in prompts[1]
+
+
+# -- settings and files ------------------------------------------------------------------------------------------------
 
 
 def test_truncation_and_padding_of_one_call_are_no_settings(recording, tmp_path):
@@ -183,31 +192,35 @@ def test_the_embedded_model_has_the_template_of_its_settings():
     assert saved["chat_template"] == chat_template(saved["template"], saved["system_message"])
 
 
-def test_settings_survive_saving(tmp_path):
-    tokenizer = blank_tokenizer(template="qwen3-chat", system_message="Hi.", spaces_between_special_tokens=True)
-    tokenizer.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
-    assert again.chat_template == tokenizer.chat_template == chat_template("qwen3-chat", "Hi.")
-    assert again.spaces_between_special_tokens and again.init_kwargs["system_message"] == "Hi."
+@pytest.fixture
+def sentencepiece_folder(tmp_path):
+    for name in ("tokenizer.model", "added_tokens.json"):
+        shutil.copy(FIXTURES / "tokenizer_internlm2" / name, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    return tmp_path
 
 
 @pytest.mark.parametrize("add_bos", [True, False])
-def test_template_begins_as_the_tokenizer_does(tmp_path, add_bos):
-    for name in ("tokenizer.model", "added_tokens.json"):
-        shutil.copy(FIXTURES / "tokenizer_internlm2" / name, tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add_bos}))
-    tokenizer = convert_tokenizer(tmp_path)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+def test_the_template_begins_as_the_tokenizer_does(sentencepiece_folder, add_bos):
+    (sentencepiece_folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add_bos}))
+    tokenizer = convert_tokenizer(sentencepiece_folder)
+    prompt = tokenizer.apply_chat_template(HELLO, tokenize=False)
     assert prompt.startswith("<s>" if add_bos else "<|im_start|>")
     assert (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id) == add_bos
     assert tokenizer.pad_token == tokenizer.eos_token == "</s>"  # named by the SentencePiece model itself
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_eos_token": True}))
-    with pytest.raises(ValueError, match="add_eos_token=True"):
-        convert_tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    (tmp_path / "tokenizer.model").write_bytes(b"garbage")
-    with pytest.raises(ValueError, match="cannot read .*tokenizer.model"):
-        convert_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", b'{"add_eos_token": true}', "add_eos_token=True"),
+        ("tokenizer.model", b"garbage", "cannot read .*tokenizer.model"),
+    ],
+)
+def test_files_that_cannot_be_converted_are_refused(sentencepiece_folder, name, content, message):
+    (sentencepiece_folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        convert_tokenizer(sentencepiece_folder)
 
 
 def test_missing_image_tokens_are_refused():
@@ -216,54 +229,17 @@ def test_missing_image_tokens_are_refused():
         NaViLTokenizer(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)))
 
 
+# -- image slots -------------------------------------------------------------------------------------------------------
+
+
 def test_image_slot():
     row = "<IMG_CONTEXT><IMG_CONTEXT><IMG_LINE_BREAK>"
-    assert image_slot([[1, 2, 4], [1, 4, 4]], merge_size=2) == (
-        f"<img>{row}<IMG_FRAME_BREAK>{row}{row}<IMG_FRAME_BREAK></img>"
-    )
-    assert image_slot([[2, 2, 4]], merge_size=2) == f"<img>{row}<IMG_FRAME_BREAK>{row}<IMG_FRAME_BREAK></img>"
+    expected = f"<img>{row}<IMG_FRAME_BREAK>{row}{row}<IMG_FRAME_BREAK></img>"
+    assert image_slot([(2, 4), (4, 4)], cell=2) == image_slot([(17, 60), (50, 64)], cell=32) == expected
 
 
 def test_slots_are_filled_in_order_over_all_texts():
-    small, large = [1, 2, 2], [1, 4, 2]
-    texts = expand_image_slots(["a<image>b<image>", "none", "<image>c"], [small, large, large, small], [1, 2, 1], 2)
-    slots = [image_slot(grids, 2) for grids in ([small], [large, large], [small])]
+    images = [[(2, 2)], [(4, 2), (4, 2)], [(2, 2)]]
+    texts = expand_image_slots(["a<image>b<image>", "none", "<image>c"], images, 2)
+    slots = [image_slot(scales, 2) for scales in images]
     assert texts == [f"a{slots[0]}b{slots[1]}", "none", f"{slots[2]}c"]
-
-
-@pytest.mark.parametrize(
-    ("texts", "num_scales", "message"),
-    [
-        (["no slot"], [2], "0 <image> placeholders but 1 images"),
-        (["<image><image>", "<image>"], [2], "3 <image> placeholders but 1 images"),
-        (["<image>"], [1], "adds up to 1 scales but image_grid_thw has 2"),
-        (["<image> <IMG_CONTEXT>"], [2], "contains <IMG_CONTEXT>"),
-    ],
-)
-def test_slots_that_do_not_match_are_refused(texts, num_scales, message):
-    with pytest.raises(ValueError, match=message):
-        expand_image_slots(texts, [[1, 2, 2], [1, 4, 4]], num_scales, 2)
-
-
-@pytest.mark.parametrize("token", [*CONTROL_TOKENS, "<s>"])
-@pytest.mark.parametrize("place", ["content", "part", "history", "batch"])
-def test_control_tokens_in_messages_are_refused(recordings, token, place):
-    tokenizer = recordings["internlm2"].tokenizer
-    text = f"a {token} b"
-    user, assistant = {"role": "user", "content": "hello"}, {"role": "assistant", "content": text}
-    conversation = {
-        "content": [{"role": "user", "content": text}],
-        "part": [{"role": "user", "content": [{"type": "text", "text": text}]}],
-        "history": [user, assistant, user],
-        "batch": [[user], [user, assistant]],
-    }[place]
-    with pytest.raises(ValueError, match="reserved"):
-        tokenizer.apply_chat_template(conversation, tokenize=False)
-    assert token in str(tokenizer.apply_chat_template(conversation, tokenize=False, allow_control_tokens=True))
-
-
-def test_grounding_tokens_are_content(recording):
-    text = "<ref>a</ref><box>[[1, 2, 3, 4]]</box><quad></quad>"
-    messages = [{"role": "user", "content": text}]
-    ids = recording.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-    assert {recording.tokenizer.convert_tokens_to_ids(t) for t in ("<ref>", "</box>", "<quad>")} <= set(ids)
