@@ -8,13 +8,7 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from navil.configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
-from navil.tokenization_navil import (
-    DEFAULT_SYSTEM_MESSAGE,
-    END_OF_TURN,
-    IMAGE_START_TOKEN,
-    IMAGE_TOKEN,
-    NaViLTokenizer,
-)
+from navil.tokenization_navil import DEFAULT_SYSTEM_MESSAGE, END_OF_TURN, IMAGE_START_TOKEN, IMAGE_TOKEN, NaViLTokenizer
 
 JSON = dict[str, Any]
 
@@ -42,8 +36,6 @@ SUPPORTED_TEXT = {
     "mlp_bias": [False],
     "partial_rotary_factor": [1.0],
 }
-SUPPORTED_EXPORT_VISION = {"visual_token_order": ["window"], "rope_theta": [10000.0]}
-SUPPORTED_EXPORT_TEXT = {"attention_bias": [False]}
 
 VISION_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
 VISION_SETTINGS = (*VISION_SIZES, "norm_type", "layer_norm_eps", "qkv_bias")
@@ -252,39 +244,33 @@ def released_config(config: NaViLConfig, template: str, system_message: str) -> 
     """
     names = ("downsample_ratio", "min_dynamic_patch", "max_dynamic_patch", "scale_downsample_ratio")
     released = {
-        "model_type": "navil_chat",
+        **only_values(SUPPORTED_RELEASED),
+        **{name: getattr(config, name) for name in names},
         "architectures": ["NaViL"],
+        "ps_version": "v1",
         "vision_config": released_vision_config(config),
         "llm_config": released_text_config(config.text_config, released_backbone(config)),
         "template": template,
-        "select_layer": -1,
-        "pad2square": False,
-        "use_backbone_lora": 0,
-        "use_llm_lora": 0,
-        "anyres_image_size": True,
-        "ps_version": "v1",
-        **{name: getattr(config, name) for name in names},
     }
     if system_message != DEFAULT_SYSTEM_MESSAGE:
         released["system_message"] = system_message
     return released
 
 
+def only_values(supported: Mapping[str, Sequence[Any]]) -> JSON:
+    return {name: value for name, (value,) in supported.items()}
+
+
 def released_vision_config(config: NaViLConfig) -> JSON:
     vision = config.vision_config
-    check_supported(vision.to_dict(), SUPPORTED_EXPORT_VISION)
-    return {
-        "model_type": "navil_vit",
-        "num_channels": 3,
-        "hidden_act": "gelu",
-        "qk_normalization": False,
-        "downsample_ratio": config.downsample_ratio,
-        **{name: getattr(vision, name) for name in (*VISION_SETTINGS, *VISION_OPTIONS)},
-    }
+    check_supported(vision.to_dict(), {"visual_token_order": ["window"], "rope_theta": [10000.0]})
+    settings = {name: getattr(vision, name) for name in (*VISION_SETTINGS, *VISION_OPTIONS)}
+    released = {"model_type": "navil_vit", "downsample_ratio": config.downsample_ratio}
+    return released | only_values(SUPPORTED_VISION) | settings
 
 
 def released_text_config(text: NaViLTextConfig, backbone: str) -> JSON:
-    check_supported(text.to_dict(), SUPPORTED_EXPORT_TEXT)
+    check_supported(text.to_dict(), {"attention_bias": [False]})
     names = (*TEXT_SETTINGS, "num_key_value_heads", "rope_theta", "initializer_range", "tie_word_embeddings")
     released = {name: getattr(text, name) for name in names} | {"hidden_act": "silu", "rope_scaling": None}
     if backbone == "internlm2":

@@ -328,7 +328,7 @@ def with_visual_copies(rule: Rule) -> Rule:
 
 def new_weight_rules(model: NaViLForConditionalGeneration, seed: int) -> Iterator[Rule]:
     """The vision encoder and the connector as the model initializes them, each module from a seed of its own."""
-    for prefix, initialize in (
+    for prefix, initialize in (  # `_init_weights` is transformers' hook for the initialization of a module
         ("model.vision_model", model.vision_model._init_weights),
         ("model.connector", model._init_weights),
     ):

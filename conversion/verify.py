@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -331,27 +332,17 @@ def read_source(path: Path, config: NaViLConfig, folder: Path, allow_pickle: boo
         tensors, source_config = open_tensors(path), read_config(path)
         rules = [Rule({name: shape}, {name: shape}) for name, shape in tensors.shapes.items()]
         plan = Plan(rules, tensors, main_dtype(tensors))
-        return Source(plan, lambda: assemble(source_config, plan), lambda destination: copy_settings(path, destination))
+        return Source(plan, partial(assemble, source_config, plan), partial(copy_settings, path))
     if kind == "navil_chat":
-        conversion, load = plan_official(path, allow_pickle=allow_pickle), lambda c: assemble(c.config, c.plan)
+        conversion = plan_official(path, allow_pickle=allow_pickle)
+        load = partial(assemble, conversion.config, conversion.plan)
     else:
         vision, chat = config.vision_config, NaViLTokenizer.from_pretrained(folder).init_kwargs
-        conversion, load = (
-            plan_from_llm(
-                path,
-                vision_size=f"{vision.num_hidden_layers}x{vision.hidden_size}",
-                template=chat["template"],
-                system_message=chat["system_message"],
-                allow_pickle=allow_pickle,
-            ),
-            load_llm,
-        )
-    return Source(
-        conversion.plan.without_new_weights(),
-        lambda: load(conversion),
-        lambda destination: write_settings(conversion, destination),
-        has_vision=kind == "navil_chat",
-    )
+        size = f"{vision.num_hidden_layers}x{vision.hidden_size}"
+        conversion = plan_from_llm(path, size, chat["template"], chat["system_message"], allow_pickle=allow_pickle)
+        load = partial(load_llm, conversion)
+    plan = conversion.plan.without_new_weights()
+    return Source(plan, load, partial(write_settings, conversion), has_vision=kind == "navil_chat")
 
 
 def copy_settings(folder: Path, destination: Path) -> None:

@@ -19,13 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from conversion.files import (
-    CHECKSUMS_NAME,
-    INDEX_NAME,
-    WEIGHTS_NAME,
-    write_checksums,
-    write_json,
-)
+from conversion.files import CHECKSUMS_NAME, INDEX_NAME, WEIGHTS_NAME, write_checksums, write_json
 from conversion.plan import Conversion, Export, Plan, dtype_name
 from conversion.read import SAFETENSORS_DTYPES, Shape, bounds, tensor_bytes
 from conversion.tokenizers import export_tokenizer

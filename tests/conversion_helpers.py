@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import convert_checkpoint
-from conversion.names import EMBEDDING, HEAD, released_name
+from conversion.configs import convert_config
+from conversion.names import EMBEDDING, HEAD, official_rules, released_name
+from conversion.tokenizers import convert_tokenizer
 from navil.tokenization_navil import IMAGE_TOKENS
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -89,12 +91,7 @@ def split(folder: Path, parts: int, suffix: str = "safetensors") -> None:
 VARIANTS = {
     "mha, layer norm, windows in every block": {
         "llm_config": {"num_key_value_heads": 4},
-        "vision_config": {
-            "norm_type": "layer_norm",
-            "qkv_bias": True,
-            "fullatt_block_indexes": [],
-            "window_size": 4,
-        },
+        "vision_config": {"norm_type": "layer_norm", "qkv_bias": True, "fullatt_block_indexes": [], "window_size": 4},
     },
     "mqa, no bias on qkv, one full block, half the side": {
         "llm_config": {"num_key_value_heads": 1},
@@ -107,28 +104,6 @@ VARIANTS = {
     },
     "tied and stored as the output head": {"llm_config": {"tie_word_embeddings": True}, "stored": "head"},
 }
-
-
-def released_shapes(folder: Path, config: dict) -> dict[str, list[int]]:
-    """Names and shapes of a released checkpoint with this config, derived from the recorded one's."""
-    vision, llm = config["vision_config"], config["llm_config"]
-    layers = {name: list(tensor.shape) for name, tensor in weights(folder).items()}
-    head_dim = llm.get("head_dim") or llm["hidden_size"] // llm["num_attention_heads"]
-    query_dim, key_dim = llm["num_attention_heads"] * head_dim, llm["num_key_value_heads"] * head_dim
-    rows = {"wqkv": query_dim + 2 * key_dim, "q_proj": query_dim, "k_proj": key_dim, "v_proj": key_dim}
-    for name in list(layers):
-        module, kind = name.split(".")[-2:]
-        if module.removesuffix("_ve") in rows:
-            layers[name][0] = rows[module.removesuffix("_ve")]
-        if name.startswith("language_model.") and ("embed" in name or "output" in name or "lm_head" in name):
-            layers[name][0] = llm["vocab_size"]
-        if module == "qkv":
-            layers.pop(name) if kind == "bias" else None
-            if vision["qkv_bias"]:
-                layers[name.replace("weight", "bias")] = layers[name.replace("bias", "weight")][:1]
-        if module in ("norm1", "norm2") and vision["norm_type"] == "layer_norm":
-            layers[name.replace("weight", "bias")] = layers[name]
-    return layers
 
 
 def table_names(backbone: str) -> tuple[str, str]:
@@ -144,17 +119,14 @@ def write_variant(folder: Path, backbone: str, variant: dict) -> dict[str, torch
     for name, value in variant.items():
         config[name].update(value) if isinstance(value, dict) else config.update({name: value})
     (folder / "config.json").write_text(json.dumps(config))
-    shapes = released_shapes(FIXTURES / backbone, config)
-    embedding, head = table_names(backbone)
-    if config["llm_config"]["tie_word_embeddings"]:
-        del shapes[head if stored == "embedding" else embedding]
+    target, tied = convert_config(config, convert_tokenizer(folder)), config["llm_config"]["tie_word_embeddings"]
     tensors = {}
-    for name, shape in shapes.items():
-        is_scale = len(shape) == 1 and not name.endswith("bias")
-        tensors[name] = torch.randn(shape) * 0.1 + (1.0 if is_scale else 0.0)
-    save_weights(folder, tensors)
-    if stored == "head":
-        tensors[embedding] = tensors[head]
+    for rule in official_rules(target, backbone, range(12), tied):
+        for name, shape in rule.sources.items():
+            is_scale = len(shape) == 1 and not name.endswith("bias")
+            tensors[name] = torch.randn(shape) * 0.1 + (1.0 if is_scale else 0.0)
+    embedding, head = table_names(backbone)
+    save_weights(folder, {head if name == embedding and stored == "head" else name: t for name, t in tensors.items()})
     return tensors
 
 
