@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerationConfig
+from transformers.generation import BaseStreamer, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .image_processing_navil import IMAGE_INPUTS, ImagePlan, count_slot_tokens, flatten_images
@@ -21,51 +21,54 @@ from .tokenization_navil import (
     IMAGE_PLACEHOLDER,
     IMAGE_START_TOKEN,
     IMAGE_TOKEN,
+    NaViLTokenizer,
     expand_image_slots,
     hide_placeholders,
 )
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""How transformers calls the cache: another name since 5.24."""
+"""The name of the cache in transformers, which 5.24 changed."""
 
 MAX_NEW_TOKENS = 1024
 PIECE_LENGTH = 65536  # characters
-TOKENS_PER_CUT = 64
+TOKENS_PER_CUT = 64  # by which a text in two pieces may have more tokens than the whole
 
-# The settings of `generate` that a session cannot leave open.
-ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
-ONE_SEQUENCE |= {"cache_implementation": None, "past_key_values": None}
+# Settings of `generate` that a session needs.
+SESSION_SETTINGS = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+SESSION_SETTINGS |= {"cache_implementation": None, "past_key_values": None}
 
 GenerationSettings = dict[str, Any] | GenerationConfig | None
 ImageInputs = dict[str, Tensor]  # IMAGE_INPUTS, or nothing
 
 
-class DefaultLength(int):
-    """transformers 4's default of `max_length`: counts, unless a longer prompt shows that nobody chose it."""
-
-
 class NaViLChatSession:
-    """Asks a model question after question; each turn prefills only the tokens that it adds to the conversation.
+    """A conversation that keeps its key/value cache, so that each turn prefills only the tokens that it adds.
 
     The answers are those of `model.chat` with the same history and images. If re-tokenization of an answer differs from
     the generated ids, the cache is cropped to the common prefix.
 
     Args:
         model, tokenizer: a `NaViLForConditionalGeneration` and its `NaViLTokenizer`.
-        generation_config, options: of all turns, as in `chat`.
+        generation_config, options: for all turns, as in `chat`.
 
     Attributes:
-        history: (question, answer) of the turns so far, as `chat` takes and returns it.
-        images: `pixel_values`, `image_grid_thw` and `num_scales` of all images so far, as `chat` takes them.
+        history: (question, answer) of the turns so far, as in `chat`.
+        images: `pixel_values`, `image_grid_thw` and `num_scales` of all images so far.
         num_prefilled: tokens of the last turn's prompt that were not in the cache.
 
     Raises:
-        ValueError: settings under which there is no cache of one sequence (beams, several answers, another cache).
+        ValueError: settings that rule out a cache of one sequence (beams, several answers, another cache).
     """
 
-    def __init__(self, model: Any, tokenizer: Any, generation_config: GenerationSettings = None, **options: Any):
-        settings = model._chat_settings(tokenizer, generation_config, None)
-        for name, required in ONE_SEQUENCE.items():
+    def __init__(
+        self,
+        model: "NaViLChat",
+        tokenizer: NaViLTokenizer,
+        generation_config: GenerationSettings = None,
+        **options: Any,
+    ):
+        settings = generate_settings(tokenizer, generation_config)
+        for name, required in SESSION_SETTINGS.items():
             given = settings.get(name, getattr(model.generation_config, name, None))
             if given not in (None, required):
                 raise ValueError(f"a session keeps the cache of one sequence: {name} must be {required}, got {given!r}")
@@ -77,49 +80,50 @@ class NaViLChatSession:
         self.history: list[tuple[str, str]] = []
         self.images: ImageInputs = {}
         self.num_prefilled = 0
-        self._forget()
+        self._reset_cache()
 
-    def ask(self, question: str, images: Any = None, streamer: Any = None) -> str:
+    def ask(self, question: str, images: Any = None, streamer: BaseStreamer | None = None) -> str:
         """Answers the next question.
 
         Args:
-            question: may say where the new images go by `<image>`; else they go in front of it.
-            images: this turn's new images, as the `pixel_values` of `chat` without a `num_patches_list`.
+            question: `<image>` marks where the new images go; without any, they go in front of the question.
+            images: this turn's new images, as `pixel_values` of `chat` without `num_patches_list`.
             streamer: receives tokens as they are generated, as in `generate`.
 
         Raises:
-            ValueError: as `chat` does. The session is then as it was before the question.
+            ValueError: as in `chat`. The question and its images are then not part of the session.
         """
         model, tokenizer = self.model, self.tokenizer
-        with ended_on_error(streamer):
+        with end_on_error(streamer):
             question, input_ids, images = model._prepare(
                 tokenizer, self.options, question, images, self.history, earlier_images=self.images
             )
-            cache, num_cached = self._cut_to_prefix_of(input_ids)
-            self._forget()  # a turn that fails leaves no cache that is half written
-            settings = model._chat_settings(tokenizer, self.generation_config, streamer) | {CACHE: cache}
-            output_ids, [answer] = model._answer(tokenizer, [input_ids], images | settings)
+            cache, num_cached = self._crop_cache(input_ids)
+            self._reset_cache()  # if generation fails, the cache is incomplete
+            output_ids, [answer] = model._answer(
+                tokenizer, [input_ids], images | {CACHE: cache}, self.generation_config, streamer
+            )
         self._cache, self._cached_ids = cache, output_ids[0, : cache.get_seq_length()]
         self.num_prefilled = input_ids.shape[1] - num_cached
         self.images = images
         self.history.append((question, answer))
         return answer
 
-    def _forget(self) -> None:
+    def _reset_cache(self) -> None:
         self._cache, self._cached_ids = DynamicCache(), torch.tensor([], dtype=torch.long)
 
-    def _cut_to_prefix_of(self, input_ids: Tensor) -> tuple[DynamicCache, int]:
+    def _crop_cache(self, input_ids: Tensor) -> tuple[DynamicCache, int]:
         """The cache, cropped to its common prefix with a prompt (1, L), and that prefix's length, less than L."""
         prompt, cached = input_ids[0, :-1], self._cached_ids.to(input_ids.device)
         length = min(len(prompt), len(cached))
         num_shared = int((prompt[:length] == cached[:length]).cumprod(0).sum())
         text = self.model.config.text_config
         if text.rope_type == "dynamic" and input_ids.shape[1] > text.max_position_embeddings:
-            num_shared = 0  # beyond the trained context, every key's rotation depends on the length
+            num_shared = 0  # dynamic NTK: the rotation of every key depends on the length
         if num_shared == 0:
             return DynamicCache(), 0
         if num_shared < len(cached):
-            self._cache.crop(num_shared - len(cached))  # a negative number counts from the end
+            self._cache.crop(num_shared - len(cached))  # negative: tokens to remove
         return self._cache, num_shared
 
 
@@ -128,7 +132,7 @@ class NaViLChat:
 
     def chat(
         self,
-        tokenizer: Any,
+        tokenizer: NaViLTokenizer,
         pixel_values: Any,
         question: str,
         generation_config: GenerationSettings = None,
@@ -136,49 +140,45 @@ class NaViLChat:
         return_history: bool = False,
         num_patches_list: Any = None,
         num_scales: Any = None,
-        anyres_image_size: bool = True,
         verbose: bool = False,
-        streamer: Any = None,
+        streamer: BaseStreamer | None = None,
         **options: Any,
     ) -> str | tuple[str, list[tuple[str, str]]]:
-        """Answers a question about images, or about none.
+        """Answers a question, with or without images.
 
         Args:
             tokenizer: a `NaViLTokenizer`.
             pixel_values: None; an image in any form that the image processor reads (PIL, path, URL, bytes, array) or a
                 list of them, which may be empty; the image processor's output; or patches (N, 3*p*p) or
                 (N, 3, p, p) with `num_patches_list`.
-            question: may say where the images go by `<image>`; else they go in front of a first question.
-            generation_config: settings for `generate`; the default is greedy, up to 1024 new tokens, one answer.
-            history: earlier (question, answer) turns; `<image>` in their questions takes the first images.
+            question: `<image>` marks where the images go; without any, they go in front of a first question.
+            generation_config: settings of `generate`; the default is greedy, up to 1024 new tokens, one answer.
+            history: earlier (question, answer) turns; `<image>` in their questions stands for the first images.
             return_history: return (answer, history with this turn) instead of the answer.
-            num_patches_list: (S, 3) grids of patches given as a tensor, `image_grid_thw` of the image processor.
+            num_patches_list: (S, 3) grids of the patches, `image_grid_thw` of the image processor.
             num_scales: (images,) scales of each image; None means one each.
-            anyres_image_size: always True, the only mode that NaViL has.
             verbose: write the question and the answer to the standard output.
-            streamer: receives tokens as they are generated, as in `generate`; it is ended on an error too.
+            streamer: receives tokens as they are generated, as in `generate`; errors end it too.
             options: see `chat_options`.
 
         Raises:
-            ValueError: an empty question, a history that is not pairs of texts, special tokens in the text, another
-                number of `<image>` than of images, image inputs that do not fit together, or more tokens than the
-                context holds.
+            ValueError: an empty question, a history that is not pairs of texts, special tokens in the text, different
+                numbers of `<image>` and images, image inputs that do not fit together, or more tokens than the context
+                holds.
             TypeError: an unknown option.
         """
-        with ended_on_error(streamer):
-            options["anyres_image_size"] = anyres_image_size
+        with end_on_error(streamer):
             history = as_turns(history)
             packed = {"grids": num_patches_list, "num_scales": num_scales}
             question, input_ids, images = self._prepare(tokenizer, options, question, pixel_values, history, **packed)
-            settings = self._chat_settings(tokenizer, generation_config, streamer)
-            _, [answer] = self._answer(tokenizer, [input_ids], images | settings)
+            _, [answer] = self._answer(tokenizer, [input_ids], images, generation_config, streamer)
         if verbose:
             sys.stdout.write(f"{question}\n{answer}\n")
         return (answer, [*history, (question, answer)]) if return_history else answer
 
     def batch_chat(
         self,
-        tokenizer: Any,
+        tokenizer: NaViLTokenizer,
         pixel_values: Any,
         questions: Sequence[str],
         generation_config: GenerationSettings = None,
@@ -190,42 +190,42 @@ class NaViLChat:
         image_counts: Sequence[int] | None = None,
         **options: Any,
     ) -> list[str]:
-        """Answers several questions in one batch, each as `chat` does.
+        """Answers several questions in one batch, each as in `chat`.
 
         Args:
-            pixel_values: None, or a list with an entry for each question, in a form that `chat` takes. Images that are
-                packed already (the image processor's output, or patches with `num_patches_list`) belong to the
-                questions by `image_counts`, else by their `<image>`; without any, each question has one.
-            history, return_history: as in InternVL, None and False: a batch has first questions alone.
+            pixel_values: None, or a list with one entry per question, each as in `chat`. Packed images (the image
+                processor's output, or patches with `num_patches_list`) are assigned to the questions by
+                `image_counts`; without it, by the questions' `<image>`; without any, one to each question.
+            history, return_history: always None and False (InternVL's interface has them).
             options: see `chat_options`.
 
         Raises:
-            ValueError: as `chat` does, or images that are not those of the questions.
+            ValueError: as in `chat`, or different numbers of images and questions.
         """
         if history is not None or return_history:
-            raise ValueError("batch_chat answers first questions: history must be None and return_history False")
+            raise ValueError("batch_chat has no history: history must be None and return_history False")
         questions = list(questions)
         if not questions:
             return []
         images = self._images_of_questions(questions, pixel_values, num_patches_list, num_scales, image_counts)
         pairs = zip(questions, images, strict=True)
         prepared = [self._prepare(tokenizer, options, question, own_images) for question, own_images in pairs]
-        asked, prompts, images = zip(*prepared, strict=True)
-        settings = self._chat_settings(tokenizer, generation_config, None)
-        _, answers = self._answer(tokenizer, prompts, join_images(images) | settings)
+        questions, prompts, images = zip(*prepared, strict=True)
+        _, answers = self._answer(tokenizer, prompts, join_images(images), generation_config)
         if verbose:
-            sys.stdout.writelines(f"{question}\n{answer}\n" for question, answer in zip(asked, answers, strict=True))
+            turns = zip(questions, answers, strict=True)
+            sys.stdout.writelines(f"{question}\n{answer}\n" for question, answer in turns)
         return answers
 
     def chat_session(
-        self, tokenizer: Any, generation_config: GenerationSettings = None, **options: Any
+        self, tokenizer: NaViLTokenizer, generation_config: GenerationSettings = None, **options: Any
     ) -> NaViLChatSession:
-        """A conversation that keeps its cache from turn to turn; arguments and errors are `NaViLChatSession`'s."""
+        """Starts a `NaViLChatSession`, whose arguments and errors it has."""
         return NaViLChatSession(self, tokenizer, generation_config, **options)
 
     def _prepare(
         self,
-        tokenizer: Any,
+        tokenizer: NaViLTokenizer,
         options: dict[str, Any],
         question: str,
         pixel_values: Any,
@@ -234,9 +234,9 @@ class NaViLChat:
         num_scales: Any = None,
         earlier_images: ImageInputs | None = None,
     ) -> tuple[str, Tensor, ImageInputs]:
-        """The question with `<image>` for its images, the conversation's ids (1, L) and inputs of all its images.
+        """The question with its `<image>`, the conversation's ids (1, L) and the inputs of all its images.
 
-        `earlier_images` are the history's image inputs; None: its images come first in `pixel_values`.
+        `earlier_images` are the inputs of the history's images; None means that `pixel_values` has them too, first.
         """
         template, image_settings = chat_options(**options)
         if not isinstance(question, str) or not question.strip():
@@ -253,50 +253,41 @@ class NaViLChat:
             images = {name: tensor.to(self.device) for name, tensor in packed.items()}
         return question, input_ids, join_images([earlier_images, images])
 
-    def _answer(self, tokenizer: Any, prompts: Sequence[Tensor], options: dict[str, Any]) -> tuple[Tensor, list[str]]:
+    def _answer(
+        self,
+        tokenizer: NaViLTokenizer,
+        prompts: Sequence[Tensor],
+        inputs: dict[str, Any],
+        generation_config: GenerationSettings,
+        streamer: BaseStreamer | None = None,
+    ) -> tuple[Tensor, list[str]]:
         """Generates from prompts (1, L) each; ids of prompts and answers (B, L + new), and the answers as texts."""
         pad = partial(pad_sequence, batch_first=True, padding_side="left")
         input_ids = pad([ids[0] for ids in prompts], padding_value=tokenizer.pad_token_id or 0)
         attention_mask = pad([torch.ones_like(ids[0]) for ids in prompts])
         length = input_ids.shape[1]
-        if isinstance(options.get("max_length"), DefaultLength) and options["max_length"] <= length:
-            options = {**options, "max_length": None, "max_new_tokens": MAX_NEW_TOKENS}
-        output_ids = self.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+        settings = generate_settings(tokenizer, generation_config, length)
+        if streamer is not None:
+            settings["streamer"] = streamer
+        output_ids = self.generate(input_ids=input_ids, attention_mask=attention_mask, **settings | inputs)
         if len(output_ids) != len(input_ids):
-            raise ValueError("a question has one answer here: num_return_sequences must be 1")
+            raise ValueError("chat gives one answer per question: num_return_sequences must be 1")
         answers = tokenizer.batch_decode(output_ids[:, length:], skip_special_tokens=True)
         return output_ids, [answer.strip() for answer in answers]
 
-    def _chat_settings(self, tokenizer: Any, generation_config: GenerationSettings, streamer: Any) -> dict[str, Any]:
-        """Arguments of `generate`: chat's defaults, the caller's settings, and what chat itself relies on."""
-        if isinstance(generation_config, GenerationConfig):
-            max_length = generation_config.max_length if generation_config.max_new_tokens is None else None
-            if max_length is not None and max_length == GenerationConfig().max_length:
-                max_length = DefaultLength(max_length)
-            generation_config = {**generation_config.to_diff_dict(), "max_length": max_length}
-        settings = {
-            "do_sample": False,
-            "eos_token_id": tokenizer.convert_tokens_to_ids(END_OF_TURN),
-            "pad_token_id": tokenizer.pad_token_id,
-            **(generation_config or {}),
-        }
-        if settings.get("max_new_tokens") is None:  # a max_length counts only where the other limit is off
-            settings["max_new_tokens"] = MAX_NEW_TOKENS if settings.get("max_length") is None else None
-        if settings.get("stop_strings") is not None:
-            settings.setdefault("tokenizer", tokenizer)
-        if streamer is not None:
-            settings["streamer"] = streamer
-        return {**settings, "return_dict_in_generate": False}
-
     def encode_chat(
         self,
-        tokenizer: Any,
+        tokenizer: NaViLTokenizer,
         turns: Sequence[tuple[str, str | None]],
         plans: Sequence[ImagePlan],
         allow_control_tokens: bool = False,
         **template: Any,
     ) -> Tensor:
-        """Ids (1, L) of a conversation of (question, answer) turns, whose last one has no answer yet."""
+        """Ids (1, L) of a conversation of (question, answer) turns, the last answer None; images as planned.
+
+        Raises:
+            ValueError: special tokens in a text, different numbers of `<image>` and plans, or too many tokens.
+        """
         texts = [text for turn in turns for text in turn if text is not None]
         roles = cycle(("user", "assistant"))
         messages = [{"role": next(roles), "content": text} for text in texts]
@@ -305,7 +296,7 @@ class NaViLChat:
         scales, cell = [plan.scales for plan in plans], self.image_processor.cell
         [text] = expand_image_slots([prompt], [[] for _ in plans], cell, allow_control_tokens)
         num_tokens = count_tokens(tokenizer, text, self.config.text_config.context_length)
-        num_tokens += sum(count_slot_tokens(of_image, cell) - 2 for of_image in scales)  # <img> and </img> are counted
+        num_tokens += sum(count_slot_tokens(of_image, cell) - 2 for of_image in scales)  # `text` has <img> and </img>
         self.check_context(num_tokens, plans)
         [prompt] = expand_image_slots([prompt], scales, cell, allow_control_tokens)
         input_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
@@ -314,7 +305,7 @@ class NaViLChat:
     def plan_images(
         self, pixel_values: Any, grids: Any = None, num_scales: Any = None, **settings: Any
     ) -> tuple[list[ImagePlan], ImageInputs]:
-        """Every form of image input that `chat` takes, as plans; and the inputs of images that are packed already."""
+        """Plans of image inputs in any form that `chat` takes; and the inputs themselves if they are packed already."""
         if isinstance(pixel_values, Mapping) and "pixel_values" in pixel_values:  # the image processor's output
             grids = pixel_values.get("image_grid_thw") if grids is None else grids
             num_scales = pixel_values.get("num_scales") if num_scales is None else num_scales
@@ -337,13 +328,13 @@ class NaViLChat:
         return self.image_processor.plans_of_grids(images["image_grid_thw"], images["num_scales"])
 
     def _are_patches(self, pixel_values: Any) -> bool:
-        """Whether an array or tensor can only be patches: floating point and of their shape."""
+        """Whether an array or tensor is floating point and has the shape of patches."""
         vision = self.config.vision_config
         is_float = "float" in str(getattr(pixel_values, "dtype", ""))
         return is_float and pixel_values.shape[1:] in ((vision.patch_dim,), (3, vision.patch_size, vision.patch_size))
 
     def _packed_inputs(self, pixel_values: Any, grids: Any, num_scales: Any) -> ImageInputs:
-        """Patches and their grids as tensors on the model's device; without `num_scales`, each grid is an image."""
+        """Packed images as tensors on the model's device; without `num_scales`, each grid is an image."""
         grids = whole_numbers("num_patches_list", grids)
         num_scales = whole_numbers("num_scales", [1] * len(grids) if num_scales is None else num_scales).reshape(-1)
         if (num_scales < 1).any():
@@ -355,7 +346,7 @@ class NaViLChat:
     def _images_of_questions(
         self, questions: list[str], pixel_values: Any, grids: Any, num_scales: Any, image_counts: Sequence[int] | None
     ) -> list:
-        """What `chat` would take as `pixel_values` of each question."""
+        """Each question's `pixel_values` for `chat`."""
         if grids is None and not isinstance(pixel_values, Mapping):
             images = [None] * len(questions) if pixel_values is None else pixel_values
             if not isinstance(images, list | tuple) or len(images) != len(questions):
@@ -376,6 +367,29 @@ class NaViLChat:
         return [dict(zip(IMAGE_INPUTS, part, strict=True)) if len(part[0]) else None for part in parts]
 
 
+def generate_settings(
+    tokenizer: NaViLTokenizer, generation_config: GenerationSettings, prompt_length: int = 0
+) -> dict[str, Any]:
+    """Arguments of `generate`: defaults of chat, the caller's settings, and what chat itself needs."""
+    if isinstance(generation_config, GenerationConfig):
+        # transformers 4 has a default max_length of 20; a prompt that is longer shows that nobody chose it.
+        max_length, default = generation_config.max_length, GenerationConfig().max_length
+        is_chosen = max_length is not None and (max_length != default or prompt_length < max_length)
+        counts = is_chosen and generation_config.max_new_tokens is None
+        generation_config = {**generation_config.to_diff_dict(), "max_length": max_length if counts else None}
+    settings = {
+        "do_sample": False,
+        "eos_token_id": tokenizer.convert_tokens_to_ids(END_OF_TURN),
+        "pad_token_id": tokenizer.pad_token_id,
+        **(generation_config or {}),
+    }
+    if settings.get("max_new_tokens") is None:  # transformers ignores max_length if both are given
+        settings["max_new_tokens"] = MAX_NEW_TOKENS if settings.get("max_length") is None else None
+    if settings.get("stop_strings") is not None:
+        settings.setdefault("tokenizer", tokenizer)
+    return {**settings, "return_dict_in_generate": False}
+
+
 def chat_options(
     allow_control_tokens: bool = False,
     system_message: str | None = None,
@@ -388,25 +402,23 @@ def chat_options(
     anyres_image_size: bool = True,
     **unknown: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of the chat template and those given of the image processor.
+    """Options of `chat`: settings of the chat template, and those settings of the image processor that are given.
 
     Args:
-        allow_control_tokens: let special tokens through that are typed in the question or the history, as the released
-            code does.
-        system_message: instead of the tokenizer's.
-        min_pixels, max_pixels: budget of an image at its smallest and largest scale, in pixels.
-        scale_downsample_ratio: side ratio of consecutive scales.
-        IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: the released names of the image tokens.
-        anyres_image_size: always True, the only mode that NaViL has.
+        allow_control_tokens: accept special tokens in the question and the history, as the released code does.
+        system_message: replaces the tokenizer's.
+        min_pixels, max_pixels, scale_downsample_ratio: as in `NaViLImageProcessor`.
+        IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN: the image tokens, which cannot be changed.
+        anyres_image_size: always True, the only mode of NaViL.
 
     Raises:
-        ValueError: other image tokens or another mode than the released ones.
+        ValueError: other image tokens, or `anyres_image_size=False`.
         TypeError: an unknown option.
     """
     if unknown:
         raise TypeError(f"unknown option {', '.join(unknown)}; settings of `generate` go into generation_config")
     if not anyres_image_size:
-        raise ValueError("anyres_image_size must be True: NaViL sees images at their own resolution only")
+        raise ValueError("anyres_image_size must be True: NaViL always uses an image's own resolution")
     if (IMG_START_TOKEN, IMG_END_TOKEN, IMG_CONTEXT_TOKEN) != (IMAGE_START_TOKEN, IMAGE_END_TOKEN, IMAGE_TOKEN):
         raise ValueError(f"the image tokens are {IMAGE_START_TOKEN}, {IMAGE_END_TOKEN} and {IMAGE_TOKEN}")
     template = {"allow_control_tokens": allow_control_tokens, "system_message": hide_placeholders(system_message)}
@@ -415,7 +427,7 @@ def chat_options(
 
 
 def as_turns(history: Iterable[tuple[str, str]] | None) -> list[tuple[str, str]]:
-    """A history, in any kind of rows, as pairs of texts; a ValueError for anything else."""
+    """A history, in any kind of sequence, as pairs of texts; a ValueError for anything else."""
     turns = [] if history is None else list(history)
     for turn in turns:
         if isinstance(turn, str | Mapping) or [isinstance(text, str) for text in turn] != [True, True]:
@@ -424,24 +436,25 @@ def as_turns(history: Iterable[tuple[str, str]] | None) -> list[tuple[str, str]]
 
 
 def whole_numbers(name: str, values: Any) -> Tensor:
-    """Grids or counts, in (nested) rows of any kind, as an int64 tensor; a ValueError for other numbers."""
+    """A number, tensor, array or (nested) sequence of them as an int64 tensor; a ValueError for fractions."""
 
-    def plain(rows: Any) -> Any:
-        if hasattr(rows, "tolist"):  # arrays, and tensors on any device
-            return rows.tolist()
-        return [plain(row) for row in rows] if isinstance(rows, Iterable) and not isinstance(rows, str) else rows
+    def as_list(values: Any) -> Any:
+        if hasattr(values, "tolist"):  # arrays, and tensors on any device
+            return values.tolist()
+        is_sequence = isinstance(values, Iterable) and not isinstance(values, str)
+        return [as_list(value) for value in values] if is_sequence else values
 
-    numbers = torch.tensor(plain(values), dtype=torch.float64)
+    numbers = torch.tensor(as_list(values), dtype=torch.float64)
     if (numbers != numbers.long()).any():
         raise ValueError(f"{name} must be whole numbers, got {values!r:.80}")
     return numbers.long()
 
 
-def count_tokens(tokenizer: Any, text: str, limit: int) -> int:
-    """Tokens of a text; a lower bound for one of several pieces, as a cut may add tokens.
+def count_tokens(tokenizer: NaViLTokenizer, text: str, limit: int) -> int:
+    """Number of tokens of a text; of a long one a lower bound, counted piece by piece.
 
     Raises:
-        ValueError: the pieces so far pass the limit. A text far beyond it would take gigabytes.
+        ValueError: more than `limit` tokens before the last piece: tokenizing a far longer text would take gigabytes.
     """
     num_tokens = 0
     for start in range(0, len(text), PIECE_LENGTH):
@@ -455,8 +468,8 @@ def count_tokens(tokenizer: Any, text: str, limit: int) -> int:
 
 
 @contextmanager
-def ended_on_error(streamer: Any) -> Iterator[None]:
-    """Ends a streamer whose tokens will not come, so that its reader does not wait for them."""
+def end_on_error(streamer: BaseStreamer | None) -> Iterator[None]:
+    """Ends a streamer if an error occurs, so that its reader does not wait forever."""
     try:
         yield
     except BaseException:
@@ -466,7 +479,6 @@ def ended_on_error(streamer: Any) -> Iterator[None]:
 
 
 def join_images(images: Iterable[ImageInputs]) -> ImageInputs:
-    """The images of several prompts as one: those inputs that all prompts with images have."""
+    """Concatenates the image inputs of several prompts, some of which may have none."""
     images = [inputs for inputs in images if inputs]
-    names = [name for name in IMAGE_INPUTS if images and all(name in inputs for inputs in images)]
-    return {name: torch.cat([inputs[name] for inputs in images]) for name in names}
+    return {name: torch.cat([inputs[name] for inputs in images]) for name in IMAGE_INPUTS} if images else {}

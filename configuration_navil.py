@@ -1,10 +1,7 @@
 """Configuration of NaViL, a native multimodal LLM (arXiv 2510.08565).
 
-Sizes are counted in these units throughout the package:
-
-* pixel: one RGB sample position;
-* patch: `patch_size` x `patch_size` pixels, one token of the vision encoder;
-* merged cell: `spatial_merge_size` x `spatial_merge_size` patches, one visual token of the decoder.
+Units: a patch is `patch_size` x `patch_size` pixels, one token of the vision encoder; a merged cell is
+`spatial_merge_size` x `spatial_merge_size` patches, one visual token of the decoder.
 """
 
 from typing import Any
@@ -20,11 +17,34 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_navil.NaViLImageProcessor",
     "AutoProcessor": "processing_navil.NaViLProcessor",
 }
-"""Where transformers' Auto classes find the code, relative to the root of a model repository."""
+"""The classes that transformers' Auto classes load, relative to the root of a model repository."""
 
 VISUAL_TOKEN_ORDERS = ("raster", "window")
 NORM_TYPES = ("rms_norm", "layer_norm")
 ROPE_SCALING_TYPES = ("default", "linear", "dynamic")
+
+# Differences of the released models from the defaults below (paper, Table 6).
+_NAVIL_2B_VISION = {"visual_token_order": "window"}
+_NAVIL_2B_TEXT = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+_NAVIL_9B_VISION = {
+    "hidden_size": 1792,
+    "intermediate_size": 7168,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 28,
+    "qkv_bias": False,
+    "visual_token_order": "window",
+}
+_NAVIL_9B_TEXT = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "head_dim": 128,
+    "qk_norm": True,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+}
 
 
 def _require_divisible(config: PretrainedConfig, name: str, divisor_name: str, divisor: int) -> None:
@@ -37,7 +57,7 @@ def _require_divisible(config: PretrainedConfig, name: str, divisor_name: str, d
 
 class _NaViLPartConfig(PretrainedConfig):
     def __init__(self, **kwargs: Any):
-        # transformers 4.51 saves this flag of a nested config but not the attention itself, and would reload as eager.
+        # transformers 4.51 saves this flag of a nested config without the attention itself, and would load eager.
         kwargs.pop("_attn_implementation_autoset", None)
         super().__init__(**kwargs)
 
@@ -47,7 +67,7 @@ class NaViLVisionConfig(_NaViLPartConfig):
 
     Args:
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: width, MLP width, depth and heads;
-            the head dimension must be a multiple of 4 (two axes, rotated in pairs).
+            the head dimension must be a multiple of 4 (2D RoPE rotates pairs of features along each axis).
         patch_size: side of a patch, in pixels.
         spatial_merge_size: side of a merged cell, in patches.
         norm_type: `rms_norm` or `layer_norm`.
@@ -55,15 +75,15 @@ class NaViLVisionConfig(_NaViLPartConfig):
         qkv_bias: whether the fused q/k/v projection has a bias.
         rope_theta: base of the rotary frequencies of both axes.
         window_size: side of an attention window, in patches.
-        fullatt_block_indexes: blocks that attend over a whole segment (one scale of one image); the others attend
-            inside windows. `None`: every block attends over the whole segment.
-        visual_token_order: order in which visual tokens leave the encoder. `raster` is row-major over merged cells;
-            `window` is row-major over windows and inside each, which the released weights were trained with.
+        fullatt_block_indexes: blocks with attention over a whole segment (one scale of one image); the others attend
+            inside windows. None means all blocks.
+        visual_token_order: order of the visual tokens in the output. `raster` is row-major over merged cells; `window`,
+            as the released weights were trained, is row-major over windows and inside each.
         layer_scale_init: initial value of the per-channel residual scales.
-        initializer_range: standard deviation of freshly initialised weights.
+        initializer_range: standard deviation of newly initialized weights.
 
     Raises:
-        ValueError: sizes that do not fit together, with the numbers.
+        ValueError: sizes that do not fit together, with their values.
     """
 
     model_type = "navil_vision"
@@ -104,9 +124,6 @@ class NaViLVisionConfig(_NaViLPartConfig):
         self.visual_token_order = visual_token_order
         self.layer_scale_init = layer_scale_init
         self.initializer_range = initializer_range
-        self._validate()
-
-    def _validate(self) -> None:
         _require_divisible(self, "hidden_size", "4 * num_attention_heads", 4 * self.num_attention_heads)
         _require_divisible(self, "window_size", "spatial_merge_size", self.spatial_merge_size)
         for name, allowed in (("norm_type", NORM_TYPES), ("visual_token_order", VISUAL_TOKEN_ORDERS)):
@@ -122,41 +139,41 @@ class NaViLVisionConfig(_NaViLPartConfig):
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one flattened patch: RGB channels x rows x columns."""
+        """Values of one flattened patch: RGB channels x rows x columns."""
         return 3 * self.patch_size**2
 
     @property
     def merged_dim(self) -> int:
-        """Width of a merged cell: its patches' features, concatenated."""
+        """Width of a merged cell's concatenated patch features."""
         return self.hidden_size * self.spatial_merge_size**2
 
 
 class NaViLTextConfig(_NaViLPartConfig):
-    """The decoder: a Llama-shaped LLM with one attention expert and one FFN expert per modality (paper, section 3).
+    """The decoder: a Llama-style LLM with one attention expert and one FFN expert per modality (paper, section 3).
 
     Args:
         vocab_size: rows of the embedding table.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads: width, FFN width,
             depth, query heads and key/value heads.
-        head_dim: width of a head; `None` means `hidden_size / num_attention_heads`.
+        head_dim: width of a head; None means `hidden_size / num_attention_heads`.
         qk_norm: RMSNorm on every query and key head before RoPE (Qwen3).
         attention_bias: biases on the q, k and v projections; the output projection never has one.
         rms_norm_eps: epsilon of every RMSNorm.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: `None` or `{"rope_type": "linear" | "dynamic", "factor": float}`.
+        rope_scaling: None or `{"rope_type": "linear" | "dynamic", "factor": float}`.
         max_position_embeddings: context length in tokens; dynamic NTK scaling starts beyond it.
         attention_dropout: dropout on attention weights, in training only.
-        initializer_range: standard deviation of freshly initialised weights.
+        initializer_range: standard deviation of newly initialized weights.
         use_cache: whether `forward` returns a key/value cache by default.
-        tie_word_embeddings: whether the output head is the embedding table.
+        tie_word_embeddings: whether the output head shares the embedding table.
 
     Raises:
-        ValueError: sizes that do not fit together, with the numbers.
+        ValueError: sizes that do not fit together, with their values.
     """
 
     model_type = "navil_text"
     base_config_key = "text_config"
-    rope_scaling = None  # a plain attribute: transformers 5 warns where its own property of this name is set
+    rope_scaling = None  # overrides transformers 5's property of this name, which warns when it is set
     base_model_tp_plan = {
         f"layers.*.{expert}.{modality}.{name}": "rowwise" if name in ("o_proj", "down_proj") else "colwise"
         for expert, names in (("self_attn", "q_proj k_proj v_proj o_proj"), ("mlp", "gate_proj up_proj down_proj"))
@@ -207,9 +224,6 @@ class NaViLTextConfig(_NaViLPartConfig):
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-        self._validate()
-
-    def _validate(self) -> None:
         _require_divisible(self, "num_attention_heads", "num_key_value_heads", self.num_key_value_heads)
         _require_divisible(self, "head_dim", "2", 2)
         if self.rope_type not in ROPE_SCALING_TYPES or self.rope_factor < 1:
@@ -229,7 +243,7 @@ class NaViLTextConfig(_NaViLPartConfig):
 
     @property
     def context_length(self) -> int:
-        """Tokens that a prompt may have: `max_position_embeddings`, times the factor of dynamic NTK scaling."""
+        """Largest prompt, in tokens: `max_position_embeddings` times the factor of dynamic NTK scaling."""
         return int(self.max_position_embeddings * (self.rope_factor if self.rope_type == "dynamic" else 1))
 
 
@@ -237,14 +251,14 @@ class NaViLConfig(PretrainedConfig):
     """NaViL: vision encoder, connector and decoder with modality experts.
 
     Args:
-        vision_config, text_config: the two towers, as config objects or dicts; `None` means NaViL-2B's.
-        image_token_id: id of `<IMG_CONTEXT>`, the slot of one visual token.
-        image_start_token_id: id of `<img>`, which opens an image and runs on the visual experts too.
-        min_dynamic_patch, max_dynamic_patch: patch budget of an image at its smallest and largest scale.
+        vision_config, text_config: config objects or dicts of the encoder and the decoder; None means NaViL-2B's.
+        image_token_id: id of `<IMG_CONTEXT>`, the placeholder of one visual token.
+        image_start_token_id: id of `<img>`, which starts an image and also runs on the visual experts.
+        min_dynamic_patch, max_dynamic_patch: budget of an image's smallest and largest scale, in patches.
         scale_downsample_ratio: side ratio tau of consecutive scales in multi-scale packing.
 
     Raises:
-        ValueError: values that do not fit together, with the numbers.
+        ValueError: values that do not fit together.
     """
 
     model_type = "navil"
@@ -275,23 +289,19 @@ class NaViLConfig(PretrainedConfig):
         kwargs["auto_map"] = dict(AUTO_MAP)
         kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
         super().__init__(**kwargs)
-        self._validate()
-
-    def _validate(self) -> None:
-        if self.min_dynamic_patch > self.max_dynamic_patch:
+        if min_dynamic_patch > max_dynamic_patch:
             raise ValueError(
-                f"min_dynamic_patch {self.min_dynamic_patch} is larger than max_dynamic_patch {self.max_dynamic_patch}"
+                f"min_dynamic_patch {min_dynamic_patch} is larger than max_dynamic_patch {max_dynamic_patch}"
             )
-        if not 0 < self.scale_downsample_ratio < 1:
-            raise ValueError(f"scale_downsample_ratio must lie between 0 and 1, got {self.scale_downsample_ratio}")
-        for name in ("image_token_id", "image_start_token_id"):
-            token_id = getattr(self, name)
+        if not 0 < scale_downsample_ratio < 1:
+            raise ValueError(f"scale_downsample_ratio must lie between 0 and 1, got {scale_downsample_ratio}")
+        for name, token_id in (("image_token_id", image_token_id), ("image_start_token_id", image_start_token_id)):
             if token_id is not None and not 0 <= token_id < self.vocab_size:
                 raise ValueError(f"{name} {token_id} lies outside the vocabulary of {self.vocab_size}")
 
     @property
     def tie_word_embeddings(self) -> bool:
-        """The text config's setting, under its released name."""
+        """The text config's setting."""
         return self.text_config.tie_word_embeddings
 
     @tie_word_embeddings.setter
@@ -309,43 +319,18 @@ class NaViLConfig(PretrainedConfig):
 
     @property
     def downsample_ratio(self) -> float:
-        """Side of a patch over the side of a merged cell, as the released config calls it."""
+        """Side of a patch relative to a merged cell; the name in the released config."""
         return 1 / self.vision_config.spatial_merge_size
 
     @classmethod
     def navil_2b(cls, **overrides: Any) -> "NaViLConfig":
         """NaViL-2B: a 0.6 B encoder and InternLM2-1.8B (paper, Table 6)."""
-        return cls(vision_config=dict(_NAVIL_2B_VISION), text_config=dict(_NAVIL_2B_TEXT), **overrides)
+        return cls(**overrides)
 
     @classmethod
     def navil_9b(cls, **overrides: Any) -> "NaViLConfig":
         """NaViL-9B: a 1.2 B encoder and Qwen3-8B (paper, Table 6)."""
-        return cls(vision_config=dict(_NAVIL_9B_VISION), text_config=dict(_NAVIL_9B_TEXT), **overrides)
+        return cls(vision_config=_NAVIL_9B_VISION, text_config=_NAVIL_9B_TEXT, **overrides)
 
-
-# The other sizes of NaViL-2B are the defaults.
-_NAVIL_2B_VISION = {"visual_token_order": "window"}
-_NAVIL_2B_TEXT = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
-_NAVIL_9B_VISION = {
-    "hidden_size": 1792,
-    "intermediate_size": 7168,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 28,
-    "qkv_bias": False,
-    "visual_token_order": "window",
-}
-_NAVIL_9B_TEXT = {
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "qk_norm": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "max_position_embeddings": 40960,
-}
 
 NaViLConfig.register_for_auto_class()

@@ -1,10 +1,10 @@
 """Images of any resolution to packed patches for NaViL (paper, section 3; docs/architecture.md).
 
-    image -> plan: its scales, largest first, each tau times the side of the one before; no pixel is decoded for it
+    image -> plan: sizes of its scales, from the image's size alone
           -> pack: decode, resize, pad to whole merged cells, split into patches, normalize
-          -> smallest scale first: pixel_values (patches, 3 * p * p), image_grid_thw (scales, 3)
+          -> pixel_values (patches, 3 * p * p), image_grid_thw (scales, 3), smallest scale first
 
-Inside a scale, patches keep their merge groups together: row-major over merged cells, row-major inside a cell.
+Order of the patches of a scale: row-major over merged cells, row-major inside a cell.
 """
 
 import base64
@@ -32,23 +32,23 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 MAX_ASPECT_RATIO = 200
 DOWNLOAD_TIMEOUT = 30  # seconds
-DRAFT_MARGIN = 2  # a JPEG decoded at a fraction of its size keeps sides of this many times the largest scale's
-PATCHES_AT_ONCE = 64  # normalized together, so that temporary arrays stay in the CPU's cache
+DRAFT_MARGIN = 2  # a JPEG decoded at reduced size has sides at least this many times the largest scale's
+NORMALIZE_CHUNK = 64  # patches; temporary arrays then fit into the CPU's cache
 
-Source = Image.Image | str | bytes  # a picture, or the path or bytes of an image file
+Source = Image.Image | str | bytes  # a decoded image, or the path or bytes of an image file
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "num_scales")
 IMAGE_KEYS = ("image", "bytes", "base64", "url", "image_url", "path")
-"""Keys of a dict that hold its image. The first one counts: the `path` next to a data set's `bytes` may not exist."""
+"""Keys of a dict that may hold its image, by priority: the `path` next to a data set's `bytes` may not exist."""
 URL_SCHEMES = ("http://", "https://", "file://", "data:")
 CALL_SETTINGS = ("min_pixels", "max_pixels", "scale_downsample_ratio", "multi_scale")
 SETTINGS = ("patch_size", "merge_size", *CALL_SETTINGS, "image_mean", "image_std")
-SERVICE_KEYS = ("auto_map", "processor_class", "image_processor_type", "feature_extractor_type")  # of transformers
-RELEASED_SETTINGS = {
+TRANSFORMERS_KEYS = ("auto_map", "processor_class", "image_processor_type", "feature_extractor_type")
+TRAINED_SWITCHES = {
     **dict.fromkeys(("do_convert_rgb", "do_pad", "do_rescale", "do_normalize"), True),
     **dict.fromkeys(("do_resize", "do_center_crop"), False),
 }
-"""Switches of transformers' image processors, with the values that NaViL was trained with. Images are always resized to
-the pixel budget and then padded to whole cells; `do_resize` would stretch them to whole cells instead."""
+"""transformers' switches, at the values that NaViL was trained with. Images are always resized to the pixel budget and
+padded to whole merged cells; `do_resize` would stretch them to whole cells instead."""
 
 
 def number(value: Any) -> int | float:
@@ -58,7 +58,7 @@ def number(value: Any) -> int | float:
 
 
 def whole_number(value: Any, name: str) -> int:
-    """As `number`; a ValueError for a fraction and for less than 1."""
+    """As `number`; a ValueError for a fraction or a number below 1."""
     whole = number(value)
     if not isinstance(whole, int) or whole < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {whole}")
@@ -75,15 +75,16 @@ def scale_settings(min_pixels: Any, max_pixels: Any, scale_downsample_ratio: Any
     return low, high, tau
 
 
-def check_switches(settings: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    """Raises a ValueError for an unknown keyword, and for a switch of transformers that NaViL was not trained with."""
-    settings = {name: value for name, value in settings.items() if value is not None}
-    for name, value in settings.items():
-        if name not in RELEASED_SETTINGS:
-            names = ", ".join(allowed)
+def check_switches(switches: Mapping[str, Any], settings: Sequence[str]) -> None:
+    """Raises a ValueError for a keyword other than `TRAINED_SWITCHES` at their values; `settings` names the others."""
+    for name, value in switches.items():
+        if value is None:
+            continue
+        if name not in TRAINED_SWITCHES:
+            names = ", ".join(settings)
             raise ValueError(f"the image processor has no setting {name}={value!r:.80}; its settings are {names}")
-        if bool(value) != RELEASED_SETTINGS[name]:
-            raise ValueError(f"{name} must be {RELEASED_SETTINGS[name]}, as NaViL was trained; got {value!r:.80}")
+        if bool(value) != TRAINED_SWITCHES[name]:
+            raise ValueError(f"{name} must be {TRAINED_SWITCHES[name]}, as NaViL was trained; got {value!r:.80}")
 
 
 def flatten_images(images: Any, depth: int = 2) -> list[Any]:
@@ -99,11 +100,11 @@ def flatten_images(images: Any, depth: int = 2) -> list[Any]:
 
 
 def image_source(image: Any) -> tuple[Any, dict[str, Any]]:
-    """The image in a dict and the `min_pixels` and `max_pixels` that the dict sets for it, or `image` itself.
+    """The image in a dict, and the dict's `min_pixels` and `max_pixels` if it has them; any other image as it is.
 
     A dict is a part of a message, `{"type": "image", "image": ...}` or
-    `{"type": "image_url", "image_url": {"url": ...}}`, or a data set's `{"bytes": ..., "path": ...}`. Keys that are
-    None do not count.
+    `{"type": "image_url", "image_url": {"url": ...}}`, or a data set's `{"bytes": ..., "path": ...}`. Entries that are
+    None are ignored.
     """
     own_budget: dict[str, Any] = {}
     while isinstance(image, Mapping):
@@ -121,20 +122,20 @@ def _is_empty(value: Any) -> bool:
 
 
 def load_image(image: Any, input_data_format: str | None = None) -> Image.Image:
-    """Any image a caller may hold, upright and in RGB.
+    """Reads an image in any form, as an upright RGB image.
 
     Args:
-        image: a PIL image; a path; a `file://`, `http(s)://` or `data:` URL; base64 text; the bytes of an image file
-            or a file opened for reading them; a dict as in `image_source`; or an array or tensor, (H, W), (H, W, C) or
+        image: a PIL image; a path; a `file://`, `http(s)://` or `data:` URL; base64 text; the bytes of an image file,
+            or such a file opened for reading; a dict as in `image_source`; or an array or tensor, (H, W), (H, W, C) or
             (C, H, W) with 1, 3 or 4 channels, integers from 0 to 255 or floating point between 0 and 1.
         input_data_format: `channels_first` or `channels_last` of an array; None prefers the latter where both fit.
 
-    EXIF orientation is applied. Transparency is dropped, as in the released model: a pixel has its stored color. Of an
-    animated file the first frame is taken, of an opened one the current frame. 16-bit gray is reduced to 8 bits;
-    Pillow's modes I and F must count from 0 to 255 (and mode F not from 0 to 1, which would be black).
+    EXIF orientation is applied. Transparency is ignored, as in the released code: a pixel has its stored color. An
+    animated file gives its first frame, an opened animation its current frame. 16-bit gray is reduced to 8 bits;
+    values of Pillow's modes I and F must lie between 0 and 255 (mode F with values up to 1 only is refused).
 
     Raises:
-        ValueError: an unreadable source, one beyond Pillow's decompression-bomb limit, or an array of another kind.
+        ValueError: an unreadable image, one beyond Pillow's decompression-bomb limit, or an unsupported array.
     """
     image, _ = image_source(image)
     source, _ = measure_image(image, input_data_format)
@@ -145,7 +146,7 @@ def load_image(image: Any, input_data_format: str | None = None) -> Image.Image:
 def measure_image(image: Any, input_data_format: str | None = None) -> tuple[Source, tuple[int, int]]:
     """An image as a source for `decode_image`, and its upright (height, width) in pixels.
 
-    Where the file's header gives both, no pixel is decoded. A download is kept as bytes.
+    A file is decoded here only if its header does not give its size and orientation. Downloads are kept as bytes.
     """
     with named_in_errors(image):
         source = readable_source(image, input_data_format)
@@ -153,7 +154,7 @@ def measure_image(image: Any, input_data_format: str | None = None) -> tuple[Sou
             return source, _upright_size(source, source.getexif())
         with _open(source) as file:
             if _is_measured_by_header(file):
-                return source, _upright_size(file, Image.Image.getexif(file))  # a PNG file's own would decode it
+                return source, _upright_size(file, Image.Image.getexif(file))  # PngImageFile.getexif would decode
             decoded = _upright_rgb(file)
         return decoded, (decoded.height, decoded.width)
 
@@ -161,7 +162,7 @@ def measure_image(image: Any, input_data_format: str | None = None) -> tuple[Sou
 def decode_image(source: Source, max_pixels: float = math.inf) -> Image.Image:
     """An image from `measure_image`, upright and in RGB.
 
-    A JPEG file far above `max_pixels` is decoded at a half, a quarter or an eighth of its size.
+    A JPEG file far above `max_pixels` is decoded at a half, a quarter or an eighth of its sides.
     """
     if isinstance(source, Image.Image):
         return _upright_rgb(source)
@@ -174,16 +175,17 @@ def decode_image(source: Source, max_pixels: float = math.inf) -> Image.Image:
 
 @contextmanager
 def named_in_errors(image: Any) -> Iterator[None]:
+    """Turns any error into a ValueError that names the image."""
     try:
         yield
-    except Exception as error:  # Pillow's decoders raise whatever they run into
+    except Exception as error:  # Pillow's decoders raise errors of many types
         name = repr(image)
         name = name if len(name) < 200 else f"{name[:50]}...{name[-27:]}"
         raise ValueError(f"cannot read an image from {name}: {str(error) or type(error).__name__}") from error
 
 
 def readable_source(image: Any, input_data_format: str | None) -> Source:
-    """A picture, or the path or bytes of an image file. A file that the caller opened stays open."""
+    """A PIL image, or the path or bytes of an image file. A file that the caller opened stays open."""
     if isinstance(image, Image.Image):
         return image
     if hasattr(image, "__array__") and not isinstance(image, str):
@@ -195,7 +197,7 @@ def readable_source(image: Any, input_data_format: str | None) -> Source:
     if not isinstance(image, str):
         raise TypeError(f"expected an image, path, URL, text, bytes, open file or array, got {type(image).__name__}")
     if image[:7].lower() == "file://" and os.path.exists(image[7:]):
-        return image[7:]  # a path that is not percent-encoded
+        return image[7:]  # not percent-encoded
     if image[:8].lower().startswith(URL_SCHEMES):
         request = Request(quote(image, safe=string.punctuation), headers={"User-Agent": "navil"})
         with urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
@@ -213,17 +215,17 @@ def _open(source: str | bytes) -> Image.Image:
 
 
 def _is_measured_by_header(file: Image.Image) -> bool:
-    """Whether the header of an opened file gives its size and orientation."""
+    """Whether an opened file gives its size and orientation before its pixels."""
     if file.format != "PNG":
         return file.format in ("JPEG", "MPO", "WEBP", "GIF", "BMP")
-    begin, has_pixels = file.fp.tell(), False
+    begin, has_pixels = file.fp.tell(), False  # a PNG file may have its EXIF behind its pixels
     file.fp.seek(8)  # behind the signature
     while len(head := file.fp.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         has_pixels |= kind == b"IDAT"
         if has_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
             break
-        file.fp.seek(length + 4, os.SEEK_CUR)  # and its CRC
+        file.fp.seek(length + 4, os.SEEK_CUR)  # data and CRC
     file.fp.seek(begin)
     return len(head) < 8
 
@@ -232,18 +234,18 @@ def _upright_size(image: Image.Image, exif: Image.Exif) -> tuple[int, int]:
     width, height = image.size
     if 0 in image.size:
         raise ValueError(f"an image must have at least one pixel, got {width} x {height}")
-    is_turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return (width, height) if is_turned else (height, width)
+    is_rotated = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # by 90 degrees
+    return (width, height) if is_rotated else (height, width)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # a TIFF has turned itself by now
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # `load` has rotated a TIFF already
     return _to_rgb(image if orientation == 1 else ImageOps.exif_transpose(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """As Pillow converts, except where Pillow would saturate or guess."""
+    """As Pillow's `convert`, but modes of more than 8 bits are scaled or checked instead of clipped."""
     mode = image.mode
     if mode == "RGB":
         return image
@@ -259,7 +261,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     elif mode == "La":
         image = image.convert("LA")
     elif mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # to RGB at once, Pillow warns
+        image = image.convert("RGBA")  # Pillow warns about a direct conversion to RGB
     return image.convert("RGB")
 
 
@@ -290,8 +292,8 @@ def _image_from_array(image: Any, input_data_format: str | None) -> Image.Image:
 def fit_to_budget(height: int, width: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
     """Largest (height, width) in pixels of the same aspect ratio within [min_pixels, max_pixels].
 
-    A size already within is kept. Sides are rounded down (up) when shrinking (growing), but never below 1: only a grown
-    size, or one with a side of 1, may have more than `max_pixels`.
+    A size within is kept. Sides are rounded down when shrinking (to at least 1) and up when growing: an enlarged size,
+    or one with a side of 1, may exceed `max_pixels`.
 
     Raises:
         ValueError: an aspect ratio over 200.
@@ -316,7 +318,7 @@ def plan_scales(
 
     Args:
         cell: side of a merged cell, in pixels.
-        tau: side ratio of consecutive scales; `None` plans the largest scale only.
+        tau: side ratio of consecutive scales (`scale_downsample_ratio`); None plans the largest scale only.
     """
     sizes: list[tuple[int, int]] = []
     smallest_area, budget = math.inf, max_pixels
@@ -333,21 +335,20 @@ def plan_scales(
 
 
 def count_slot_tokens(scales: Sequence[tuple[int, int]], cell: int) -> int:
-    """Tokens of an image's slot in a prompt: `<img>`, its scales and `</img>`.
+    """Tokens of an image's slot in a prompt, `tokenization_navil.image_slot`, whose arguments it takes.
 
-    A scale (height, width) of a frame has a token for each merged cell, one at the end of each row of cells and one at
-    its own end; `cell` is the side of a merged cell in the same unit.
+    `<img>` and `</img>`, a token for each merged cell, and one at the end of each row of cells and of each scale.
     """
     return 2 + sum(math.ceil(height / cell) * (math.ceil(width / cell) + 1) + 1 for height, width in scales)
 
 
 @dataclass
 class ImagePlan:
-    """How an image will be packed; sizes are (height, width) in pixels."""
+    """How to pack an image; sizes are (height, width) in pixels."""
 
-    image: Any  # as given, for messages
-    source: Source | None  # None for an image that is packed already
-    sizes: list[tuple[int, int]]  # the image's own; several where padding hides it
+    image: Any  # as given, for error messages
+    source: Source | None  # None if the image is packed already
+    sizes: list[tuple[int, int]]  # the image's size; several candidates if only the padded size is known
     min_pixels: float
     max_pixels: float
     tau: float | None  # side ratio of consecutive scales; None for a single scale
@@ -355,9 +356,9 @@ class ImagePlan:
 
 
 def unpadded_sizes(height: int, width: int, cell: int) -> list[tuple[int, int]]:
-    """Some sizes (height, width) in pixels that an image padded to this size may have had before."""
-    slack = [step * (cell - 1) // 3 for step in range(4)]
-    sizes = [(height - bottom, width - right) for bottom in slack for right in slack]
+    """A sample of the sizes (height, width) in pixels that padding to whole cells turns into this one."""
+    padding = [step * (cell - 1) // 3 for step in range(4)]
+    sizes = [(height - bottom, width - right) for bottom in padding for right in padding]
     return [(min(h, MAX_ASPECT_RATIO * w), min(w, MAX_ASPECT_RATIO * h)) for h, w in sizes]
 
 
@@ -371,9 +372,9 @@ def patchify(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def normalization_table(mean: float, std: float, in_pairs: bool) -> np.ndarray:
-    """Lookup table for rescaling and normalizing: (256,) float32, or (65536,) for two neighboring pixels at a time.
+    """Lookup table for rescaling and normalizing: (256,) float32, or (65536,) complex64 for pairs of pixels.
 
-    Pairs take half as long: two bytes are read as one uint16, and two float32 numbers written as one complex64.
+    Pairs are twice as fast: two bytes are read as one uint16, two float32 numbers are written as one complex64.
     """
     single = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(mean)) / np.float32(std)
     if not in_pairs:
@@ -387,14 +388,14 @@ class NaViLImageProcessor(BaseImageProcessor):
     Args:
         patch_size: side of a patch, in pixels.
         merge_size: side of a merged cell, in patches.
-        min_pixels, max_pixels: budget of an image at its smallest and largest scale, before padding; `None` means
-            256 and 24576 patches, the released settings.
+        min_pixels, max_pixels: budget of an image's smallest and largest scale, before padding; None means 256 and
+            24576 patches, the released settings.
         scale_downsample_ratio: side ratio tau of consecutive scales.
-        multi_scale: whether a call packs several scales of each image by default.
+        multi_scale: whether to pack several scales of each image, unless a call says otherwise.
         image_mean, image_std: per-channel normalization of values between 0 and 1.
 
     Raises:
-        ValueError: settings outside their range, with the numbers.
+        ValueError: settings outside their range, with their values.
     """
 
     model_input_names = list(IMAGE_INPUTS)
@@ -411,9 +412,9 @@ class NaViLImageProcessor(BaseImageProcessor):
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         **kwargs: Any,
     ):
-        service = {name: kwargs.pop(name) for name in [*kwargs] if name in SERVICE_KEYS or name.startswith("_")}
+        own = {name: kwargs.pop(name) for name in [*kwargs] if name in TRANSFORMERS_KEYS or name.startswith("_")}
         check_switches(kwargs, SETTINGS)
-        super().__init__(**service)
+        super().__init__(**own)
         self.patch_size = whole_number(patch_size, "patch_size")
         self.merge_size = whole_number(merge_size, "merge_size")
         self.min_pixels, self.max_pixels, self.scale_downsample_ratio = scale_settings(
@@ -429,7 +430,7 @@ class NaViLImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_config(cls, config: Any) -> "NaViLImageProcessor":
-        """The image processor that goes with a `NaViLConfig`."""
+        """The image processor for a model's `NaViLConfig`."""
         vision = config.vision_config
         return cls(
             patch_size=vision.patch_size,
@@ -441,18 +442,18 @@ class NaViLImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but settings among the keywords are checked as the constructor checks them."""
-        names = [name for name in kwargs if name in SETTINGS or name in RELEASED_SETTINGS]
+        """As in transformers, but the constructor also checks the settings among the keywords."""
+        names = [name for name in kwargs if name in SETTINGS or name in TRAINED_SWITCHES]
         return super().from_dict(image_processor_dict | {name: kwargs.pop(name) for name in names}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without the class's name: transformers 4 would warn about it at each load."""
+        """As in transformers, without `image_processor_type`, about which transformers 4 warns at each load."""
         return {name: value for name, value in super().to_dict().items() if name != "image_processor_type"}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles as the class that the module has now: Auto classes may execute an imported module again."""
-        old = type(self)
-        return object.__new__, (getattr(sys.modules.get(old.__module__), old.__qualname__, old),), self.__dict__
+        """Pickles with the current class of the module, which Auto classes may have imported a second time."""
+        cls = type(self)
+        return object.__new__, (getattr(sys.modules.get(cls.__module__), cls.__qualname__, cls),), self.__dict__
 
     @property
     def cell(self) -> int:
@@ -460,7 +461,7 @@ class NaViLImageProcessor(BaseImageProcessor):
         return self.patch_size * self.merge_size
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **settings: Any) -> BatchFeature:
-        """`plan`, whose settings it takes, and `pack` in one; `return_tensors` is `"pt"`, `"np"` or None (NumPy)."""
+        """Plans and packs images: arguments and errors as in `plan`, result as in `pack`."""
         return self.pack(self.plan(images, **settings), return_tensors)
 
     def plan(
@@ -473,29 +474,30 @@ class NaViLImageProcessor(BaseImageProcessor):
         input_data_format: str | None = None,
         **switches: Any,
     ) -> list[ImagePlan]:
-        """The scales of one image or of a (nested) list of images, from their sizes: nothing is resized yet.
+        """The scales of one image or of a (nested) list of images, computed from their sizes.
 
-        Args default to the processor's own settings; a `max_pixels` below its `min_pixels` lowers that, and vice versa.
-            images: in any form of `load_image`; `min_pixels` and `max_pixels` in an image's dict replace those of the
-                call for this image.
-            input_data_format: `channels_first` or `channels_last` of arrays; None finds out.
-            switches: transformers' usual ones, with the values of `RELEASED_SETTINGS` only.
+        Args:
+            images: in any form that `load_image` reads; `min_pixels` and `max_pixels` in an image's dict replace those
+                of the call for this image.
+            min_pixels, max_pixels, scale_downsample_ratio, multi_scale: replace the processor's own settings. If only
+                one end of the budget is given, the default of the other moves to keep min_pixels <= max_pixels.
+            input_data_format: `channels_first` or `channels_last` of arrays; None infers it from the shape.
+            switches: those of transformers, at the values of `TRAINED_SWITCHES` only.
 
         Raises:
             ValueError: no image, an unreadable one, an aspect ratio over 200, settings outside their range, or an
                 unknown keyword.
         """
         check_switches(switches, CALL_SETTINGS)
-        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        given = {name: value for name, value in given.items() if value is not None}
         ratio = self.scale_downsample_ratio if scale_downsample_ratio is None else scale_downsample_ratio
         is_multi_scale = self.multi_scale if multi_scale is None else multi_scale
         sources = [image_source(image) for image in flatten_images(images)]
         if not sources:
             raise ValueError("expected at least one image, got none")
         plans = []
-        for image, own in sources:
-            low, high, tau = scale_settings(*self._budget(**given | own), ratio)
+        for image, own_budget in sources:
+            budget = self._budget(**{"min_pixels": min_pixels, "max_pixels": max_pixels, **own_budget})
+            low, high, tau = scale_settings(*budget, ratio)
             tau = tau if is_multi_scale else None
             source, size = measure_image(image, input_data_format)
             scales = plan_scales(*size, self.cell, low, high, tau)
@@ -503,7 +505,7 @@ class NaViLImageProcessor(BaseImageProcessor):
         return plans
 
     def plans_of_grids(self, image_grid_thw: Any, num_scales: Any = None) -> list[ImagePlan]:
-        """The plans of images that are packed already, from tensors as `pack` gives them."""
+        """The plans of packed images, from the tensors that `pack` returns; without `num_scales`, one scale each."""
         plans, grids = [], image_grid_thw.tolist()
         num_scales = [1] * len(grids) if num_scales is None else num_scales.tolist()
         if sum(num_scales) != len(grids):
@@ -518,24 +520,25 @@ class NaViLImageProcessor(BaseImageProcessor):
         return plans
 
     def context_error(self, num_tokens: int, context_length: int, plans: Sequence[ImagePlan]) -> ValueError:
-        """The error for a prompt that is too long, advising a `max_pixels` with which its images fit."""
-        plans = [plan for plan in plans if plan.source is not None] or plans  # packed ones stay as they are
-        images = f"its {len(plans)} image{'s' * (len(plans) > 1)}"
+        """The error for a prompt that is too long, with a `max_pixels` at which its images fit."""
+        plans = [plan for plan in plans if plan.source is not None] or plans  # packed images cannot become smaller
         room = context_length - num_tokens + sum(count_slot_tokens(plan.scales, self.cell) for plan in plans)
+        verb = "would"
+        if plans and plans[0].source is None:  # estimated sizes: keep a margin
+            room, verb = room * 4 // 5, "should"
+        images = f"its {len(plans)} image{'s' * (len(plans) > 1)}"
         if not plans:
             advice = "shorten the text"
-        elif plans[0].source is None:  # sizes are estimates, so some room is left
-            advice = f"{images} should fit with max_pixels={self.fitting_max_pixels(plans, room * 4 // 5)}"
+        elif max_pixels := self.fitting_max_pixels(plans, room):
+            advice = f"{images} {verb} fit with max_pixels={max_pixels}"
         else:
-            advice = f"{images} would fit with max_pixels={self.fitting_max_pixels(plans, room)}"
-        if advice.endswith("None"):
             advice = f"{images} do not fit even at min_pixels; give fewer, shorten the text or lower min_pixels"
         return ValueError(f"the prompt has {num_tokens} tokens but the context holds {context_length}: {advice}")
 
     def fitting_max_pixels(self, plans: Sequence[ImagePlan], max_tokens: int) -> int | None:
-        """The largest `max_pixels` that bisection finds with which the images' slots take at most `max_tokens`.
+        """The largest `max_pixels`, by bisection, at which the images' slots have at most `max_tokens` tokens.
 
-        None if not even `min_pixels` is small enough.
+        None if they have more even at `min_pixels`.
         """
 
         def count_tokens(limit: int) -> int:
@@ -553,14 +556,17 @@ class NaViLImageProcessor(BaseImageProcessor):
         return limits[num_fitting - 1] if num_fitting else None
 
     def pack(self, plans: Sequence[ImagePlan], return_tensors: str | None = None) -> BatchFeature:
-        """Patches of planned images.
+        """Decodes planned images and splits them into patches.
 
-        Images are decoded one at a time, whole and as RGB (a JPEG file far above the budget to a fraction of its size);
-        all that follows takes memory in proportion to the pixel budget.
+        Images are decoded one at a time, at full size (a JPEG file far above the budget at a fraction of it). All later
+        steps need memory in proportion to the pixel budget.
+
+        Args:
+            return_tensors: `"pt"` for tensors, `"np"` or None for NumPy arrays.
 
         Returns:
-            `pixel_values` (patches, 3 * p * p) float32, `image_grid_thw` (scales, 3) frames, rows and columns in
-            patches, `num_scales` (images,); smallest scale first, images in the given order.
+            `pixel_values` (patches, 3 * p * p) float32; `image_grid_thw` (scales, 3), frames, rows and columns of each
+            scale in patches, images in the given order and the smallest scale of each first; `num_scales` (images,).
 
         Raises:
             ValueError: a damaged image.
@@ -570,19 +576,19 @@ class NaViLImageProcessor(BaseImageProcessor):
         num_patches = grids.prod(1)
         packed = np.empty((num_patches.sum(), 3 * self.patch_size**2), dtype=np.float32)
         parts = iter(np.split(packed, num_patches.cumsum()[:-1]))
-        with ThreadPoolExecutor() as pool:  # Pillow resizes without holding the interpreter's lock
+        with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it resizes
             for plan in plans:
                 with named_in_errors(plan.image):
                     image = decode_image(plan.source, plan.max_pixels)
                 own_parts = [next(parts) for _ in plan.scales]
-                # The largest scale takes longest, so it starts first; `list` raises what was raised in a thread.
+                # The largest scale takes longest and starts first; `list` raises the threads' errors.
                 list(pool.map(partial(self._write_patches, image), plan.scales[::-1], own_parts[::-1]))
         num_scales = np.array([len(plan.scales) for plan in plans])
         features = {"pixel_values": packed, "image_grid_thw": grids, "num_scales": num_scales}
         return BatchFeature(features, tensor_type=return_tensors)
 
-    def _budget(self, min_pixels: Any = None, max_pixels: Any = None) -> tuple[Any, Any]:
-        """Both ends of a budget; if only one is given, the default of the other end moves to keep min <= max."""
+    def _budget(self, min_pixels: Any, max_pixels: Any) -> tuple[Any, Any]:
+        """Both ends of a budget, with the processor's own settings in place of None as `plan` describes."""
         if min_pixels is None:
             min_pixels = self.min_pixels if max_pixels is None else min(self.min_pixels, number(max_pixels))
         if max_pixels is None:
@@ -590,7 +596,7 @@ class NaViLImageProcessor(BaseImageProcessor):
         return min_pixels, max_pixels
 
     def _write_patches(self, image: Image.Image, size: tuple[int, int], patches: np.ndarray) -> None:
-        """Fills in the patches (patches, 3 * p * p) of one scale, `size` being its (height, width) before padding."""
+        """Writes one scale, resized to `size` (height, width) and padded, into `patches` (patches, 3 * p * p)."""
         height, width = size
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -600,13 +606,12 @@ class NaViLImageProcessor(BaseImageProcessor):
         in_pairs = area % 2 == 0
         channels = channels.view(np.uint16) if in_pairs else channels
         normalized = patches.reshape(-1, 3, area)
-        channel_values = zip(self.image_mean, self.image_std, strict=True)
-        tables = [normalization_table(*values, in_pairs) for values in channel_values]
-        for start in range(0, len(channels), PATCHES_AT_ONCE):
-            some = slice(start, start + PATCHES_AT_ONCE)
+        tables = [normalization_table(*stats, in_pairs) for stats in zip(self.image_mean, self.image_std, strict=True)]
+        for start in range(0, len(channels), NORMALIZE_CHUNK):
+            chunk = slice(start, start + NORMALIZE_CHUNK)
             for channel, table in enumerate(tables):
-                looked_up = table.take(channels[some, channel], mode="clip")  # "clip": no check, all are inside
-                normalized[some, channel] = looked_up.view(np.float32)
+                values = table.take(channels[chunk, channel], mode="clip")  # "clip" skips the bounds check
+                normalized[chunk, channel] = values.view(np.float32)
 
 
 NaViLImageProcessor.register_for_auto_class()

@@ -2,10 +2,10 @@
 
     pixel_values (N, 3*p*p) -> NaViLVisionModel -> NaViLConnector -> visual tokens (V, D) --+
     input_ids (B, L) -> embed_tokens -> (B, L, D), <IMG_CONTEXT> rows replaced by them <----+
-                     -> split by modality -> NaViLDecoderLayer x depth -> norm -> joined -> lm_head -> logits
+                     -> sorted by modality -> NaViLDecoderLayer x depth -> norm -> sequence order -> lm_head -> logits
 
-In every decoder layer a token meets the projections and the FFN of its own modality; norms, rotary positions and the
-causal attention over all tokens are shared (paper, section 3). No router: a token is visual iff it is `<IMG_CONTEXT>`
+In each decoder layer, a token uses the projections and the FFN of its modality; norms, rotary positions and the causal
+attention over all tokens are shared (paper, section 3). There is no router: a token is visual if it is `<IMG_CONTEXT>`
 or `<img>` and `pixel_values` is given.
 
 Shapes: B batch, L tokens of a sequence, T = B*L tokens, V visual tokens (merged cells), N patches, S scales
@@ -39,7 +39,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple, is_flash_attn_2_available
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
-# transformers copies the modules that this one imports itself, and not what they import: all of them are named here.
+# transformers copies only the modules that this one imports directly, so it imports all of them.
 from .chat_navil import CACHE, NaViLChat
 from .configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 from .image_processing_navil import IMAGE_INPUTS, ImagePlan, NaViLImageProcessor
@@ -60,39 +60,39 @@ IGNORE_INDEX = -100
 
 
 class NaViLRMSNorm(nn.RMSNorm):
-    """Root-mean-square norm in its weight's dtype, which autocast leaves in float32; torch sums in float32 in any."""
+    """RMSNorm of x in the weight's dtype, which stays float32 under autocast; torch always sums in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
 
 
 def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
-    """Angles per position step, (dim / 2,) float32; not a buffer, so neither checkpoints nor casts change them."""
+    """Angles per position, (dim / 2,) float32; not a buffer, so checkpoints and casts cannot change them."""
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
-# oneMKL chooses a function's kernel in its first call; if threads make that call together, one may get a kernel that is
-# wrong by 2e-4 (pytorch/pytorch#188792). So the first call is made here, in one thread.
+# oneMKL selects a function's kernel in its first call; if several threads make it at once, one may get a kernel with an
+# error of 2e-4 (pytorch/pytorch#188792). So one thread makes the first call here.
 for function in (torch.cos, torch.sin):
     function(torch.zeros(1, device="cpu"))
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates feature i against feature i + E/2 of x (..., E); cos and sin (..., E/2) broadcast to a half of it.
+    """Rotates features i and i + E/2 of x (..., E) as a pair; cos and sin (..., E/2) broadcast.
 
-    Computed and returned in the wider dtype of x and cos.
+    The result has the wider dtype of x and cos.
     """
     first, second = x.chunk(2, dim=-1)
     rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
     return torch.cat(rotated, dim=-1)
 
 
-def causal_pairs(attention_mask: Tensor | None, cache_position: Tensor, key_length: int) -> Tensor:
-    """(B or 1, 1, L, key_length) bool: which keys each query may see.
+def visible_keys(attention_mask: Tensor | None, cache_position: Tensor, key_length: int) -> Tensor:
+    """(B or 1, 1, L, key_length) bool: the keys that each query attends to.
 
     Args:
-        attention_mask: (B, keys) of the keys known so far, 0 for padding; later keys are not written yet.
-        cache_position: (L,) place of each query among the keys.
+        attention_mask: (B, keys), 0 for padding; a static cache may have more keys, which are still empty.
+        cache_position: (L,) index of each query among the keys.
     """
     allowed = torch.arange(key_length, device=cache_position.device) <= cache_position[:, None]  # (L, keys)
     if attention_mask is None:
@@ -103,42 +103,40 @@ def causal_pairs(attention_mask: Tensor | None, cache_position: Tensor, key_leng
 
 
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bool to 0 where allowed and the dtype's lowest number elsewhere."""
+    """0 where allowed, elsewhere the lowest number of the dtype."""
     blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
     return torch.where(allowed, blocked.new_zeros(()), blocked)
 
 
-SDPA_SWITCHES = {
-    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
-    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
-    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
-}
-
-
 @torch.compiler.assume_constant_result
 def sdpa_backends() -> list[SDPBackend]:
-    """The enabled kernels for torch's attention on a GPU, without cuDNN's unless it is the only one.
+    """The enabled kernels of torch's attention on a GPU, without cuDNN's unless it is the only one.
 
-    torch prefers cuDNN's on Hopper GPUs and newer, which takes 50 ms and more to plan each new shape. Shapes differ
-    here with every prompt and image, and with every token that a growing cache takes.
+    torch prefers cuDNN's on Hopper GPUs and newer, where it takes at least 50 ms to plan each new shape. Here the shape
+    changes with every prompt, every image and every token of a growing cache.
     """
-    return [backend for backend, is_on in SDPA_SWITCHES.items() if is_on()] or [SDPBackend.CUDNN_ATTENTION]
+    enabled = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+    }
+    return [backend for backend, is_on in enabled.items() if is_on] or [SDPBackend.CUDNN_ATTENTION]
 
 
 def sdpa_kernels(query: Tensor) -> AbstractContextManager:
-    """Restricts torch's attention to `sdpa_backends` on a GPU."""
+    """Restricts torch's attention on a GPU to `sdpa_backends`."""
     return sdpa_kernel(sdpa_backends()) if query.is_cuda else nullcontext()
 
 
 # -- Vision encoder ----------------------------------------------------------------------------------------------------
 
 
-@dataclass  # in a NamedTuple, torch.compile would take each number of runs for a new graph
+@dataclass  # with a NamedTuple, torch.compile would compile anew for each number of runs
 class Segments:
-    """Stretches of the packed patches that attend within themselves only."""
+    """Consecutive groups of packed patches; attention stays inside a group."""
 
-    runs: list[tuple[int, int]]  # (count, length): `count` neighbours of `length` patches each
-    offsets: Tensor  # (segments + 1,) int32, where each begins and the last ends
+    runs: list[tuple[int, int]]  # (count, length): `count` adjacent segments of `length` patches each
+    offsets: Tensor  # (segments + 1,) int32, cumulative lengths (`cu_seqlens`)
     max_length: int
 
     @classmethod
@@ -152,41 +150,41 @@ class Segments:
 class PackedLayout:
     """The order of merged cells inside the encoder, computed once per forward.
 
-    Equal-length segments are adjacent, so that each run of them is one batched attention, and a segment is ordered by
-    windows. `entry[exit]` is the input cell of each output cell.
+    Segments are sorted by length, so that all of one length are one batched attention, and so are the windows of a
+    segment. `entry[exit]` is the input cell of each output cell.
     """
 
-    entry: Tensor  # (V,) input cell at each place of the working order
-    exit: Tensor  # (V,) working place of each output cell
-    positions: Tensor  # (N, 2) row and column in patches, working order
+    entry: Tensor  # (V,) input cell at each index of the encoder's order
+    exit: Tensor  # (V,) index in the encoder's order of each output cell
+    positions: Tensor  # (N, 2) row and column in patches, encoder's order
     segments: Segments
     windows: Segments
 
     @classmethod
     def build(cls, grids: Sequence[Sequence[int]], config: NaViLVisionConfig, device: torch.device) -> "PackedLayout":
-        # In numpy: the GPU waits for this, and on a host of many cores torch took milliseconds for single look-ups.
+        # In NumPy: the GPU waits for this, and torch took milliseconds for single look-ups on a host with many cores.
         merge = config.spatial_merge_size
         cells_per_window = config.window_size // merge
-        # Frames of all scales in a row, their sides in merged cells, and from here on a number for each cell.
+        # (frames of all scales, 2) in merged cells; the other arrays have one number per cell.
         sides = np.array([(rows // merge, columns // merge) for count, rows, columns in grids for _ in range(count)])
         lengths = sides.prod(-1)
         frame = np.arange(len(sides)).repeat(lengths)
         rows, columns = sides[frame].T
         row, column = np.divmod(np.arange(len(frame)) - (lengths.cumsum() - lengths)[frame], columns)
 
-        # Windows are numbered row by row in their frame; those at the right and bottom edge may be smaller.
+        # Windows are numbered row-major in their frame; those at the right and bottom edges may be smaller.
         window_row, window_column = row // cells_per_window, column // cells_per_window
         window = window_row * -(-columns // cells_per_window) + window_column
         height = np.minimum(cells_per_window, rows - window_row * cells_per_window)
         width = np.minimum(cells_per_window, columns - window_column * cells_per_window)
 
-        entry = np.lexsort((window, height * width, frame, lengths[frame]))  # the last is sorted by first
-        released = np.lexsort((window, frame)) if config.visual_token_order == "window" else np.arange(len(frame))
+        entry = np.lexsort((window, height * width, frame, lengths[frame]))  # primary key last
+        output = np.lexsort((window, frame)) if config.visual_token_order == "window" else np.arange(len(frame))
         is_first = np.diff(frame[entry], prepend=-1) | np.diff(window[entry], prepend=-1) != 0
         window_lengths = np.diff(np.flatnonzero(is_first), append=len(frame))
         return cls(
             entry=torch.from_numpy(entry).to(device),
-            exit=torch.from_numpy(entry.argsort()[released]).to(device),
+            exit=torch.from_numpy(entry.argsort()[output]).to(device),
             positions=patch_positions(torch.from_numpy(np.stack([row, column], axis=-1)[entry]).to(device), merge),
             segments=Segments.of_lengths((np.sort(lengths) * merge**2).tolist(), device),
             windows=Segments.of_lengths((window_lengths * merge**2).tolist(), device),
@@ -194,13 +192,13 @@ class PackedLayout:
 
 
 def patch_positions(cells: Tensor, merge: int) -> Tensor:
-    """Row and column, in patches, of each patch of merged cells whose own are given, (V, 2) -> (V * merge**2, 2)."""
+    """Row and column of each merged cell, (V, 2) in cells -> of each patch, (V * merge**2, 2) in patches."""
     side = torch.arange(merge, device=cells.device)
     return (cells[:, None] * merge + torch.cartesian_prod(side, side)).flatten(0, 1)
 
 
 def segment_attention_eager(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
-    """Attention inside segments from its definition; query, key, value and result (N, H, E)."""
+    """Attention inside segments, by definition; query, key, value and result are (N, H, E)."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = ((q * scaling) @ k.transpose(-1, -2)).softmax(dim=-1)
@@ -210,7 +208,7 @@ def segment_attention_eager(query: Tensor, key: Tensor, value: Tensor, segments:
 
 
 def segment_attention_sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
-    """As `segment_attention_eager`, by torch's scaled_dot_product_attention over each run of equal-length segments."""
+    """As `segment_attention_eager`, with torch's scaled_dot_product_attention."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # contiguous keys and values are faster on CPUs
         return F.scaled_dot_product_attention(q, k.contiguous(), v.contiguous(), scale=scaling)
@@ -220,6 +218,7 @@ def segment_attention_sdpa(query: Tensor, key: Tensor, value: Tensor, segments: 
 
 
 def _attend_by_run(attend: Callable, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+    """Batched attention over each run of equal-length segments."""
     sizes = [count * length for count, length in segments.runs]
     outputs = []
     for (count, _), *run in zip(segments.runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
@@ -229,13 +228,13 @@ def _attend_by_run(attend: Callable, query: Tensor, key: Tensor, value: Tensor, 
 
 
 def segment_attention_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
-    """As `segment_attention_eager`, by torch's own variable-length flash attention (CUDA, half precision)."""
+    """As `segment_attention_eager`, with torch's variable-length flash attention (CUDA, half precision)."""
     length = segments.max_length
     return varlen_attn(query, key, value, segments.offsets, segments.offsets, length, length, scale=scaling)
 
 
 def segment_attention_flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
-    """As `segment_attention_eager`, by the flash-attn package (CUDA, half precision)."""
+    """As `segment_attention_eager`, with the flash-attn package (CUDA, half precision)."""
     length = segments.max_length
     return flash_attn_varlen_func(
         query, key, value, segments.offsets, segments.offsets, length, length, softmax_scale=scaling
@@ -251,10 +250,10 @@ SEGMENT_ATTENTION_FUNCTIONS = {
 
 
 def segment_attention_function(implementation: str, query: Tensor) -> Callable:
-    """The function for a config's attention implementation; `sdpa` means torch's best kernel for a query (N, H, E).
+    """The function for an attention implementation; `sdpa` selects torch's fastest kernel for the query (N, H, E).
 
     Raises:
-        ValueError: an implementation that the vision encoder does not have; the decoder takes any registered one.
+        ValueError: an implementation that the vision encoder lacks; the decoder accepts all of transformers'.
     """
     if implementation not in SEGMENT_ATTENTION_FUNCTIONS:
         raise ValueError(
@@ -310,11 +309,11 @@ class NaViLVisionBlock(nn.Module):
         return torch.addcmul(x, self.ls2, self.mlp(self.norm2(x)))
 
 
-_STATIC_CACHES = weakref.WeakKeyDictionary()  # of each model, a `threading.local`: threads do not share a cache
+_STATIC_CACHES = weakref.WeakKeyDictionary()  # a `threading.local` per model: threads do not share a static cache
 
 
 class NaViLPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation shared by all parts of NaViL."""
+    """Loading, saving and initialization of all parts of NaViL."""
 
     config_class = NaViLConfig
     base_model_prefix = "model"
@@ -346,12 +345,12 @@ class NaViLPreTrainedModel(PreTrainedModel):
     def _prepare_4d_causal_attention_mask_with_cache_position(
         attention_mask: Tensor, target_length: int, dtype: torch.dtype, cache_position: Tensor, **kwargs: Any
     ) -> Tensor:
-        """The mask that `generate` prepares for static caches, so that a compiled forward sees one shape."""
-        return additive_mask(causal_pairs(attention_mask, cache_position, target_length), dtype)
+        """The mask that `generate` prepares for static caches, whose shape is the same in each compiled forward."""
+        return additive_mask(visible_keys(attention_mask, cache_position, target_length), dtype)
 
     @property
     def _cache(self) -> Cache:
-        """The static cache that `generate` keeps for its next call; an AttributeError before the thread's first."""
+        """The static cache that `generate` keeps for the thread's next call; an AttributeError before the first."""
         return _STATIC_CACHES.setdefault(self, threading.local()).cache
 
     @_cache.setter
@@ -366,7 +365,7 @@ class NaViLPreTrainedModel(PreTrainedModel):
 
 
 class NaViLVisionModel(NaViLPreTrainedModel):
-    """ViT over packed patches of any number of images and scales; no padding and no N x N mask (paper, section 3)."""
+    """ViT over packed patches of any number of images and scales, without padding or N x N mask (paper, section 3)."""
 
     config_class = NaViLVisionConfig
     main_input_name = "pixel_values"
@@ -385,11 +384,11 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         """Features (V, merge**2, D_vision) of merged cells, in the config's `visual_token_order`.
 
         Args:
-            pixel_values: (N, 3*p*p) or (N, 3, p, p) patches, merge groups together.
+            pixel_values: (N, 3*p*p) or (N, 3, p, p) patches in the image processor's order.
             image_grid_thw: (S, 3) frames, rows and columns of each scale, in patches.
 
         Raises:
-            ValueError: grids and patches that do not fit each other or the config.
+            ValueError: patches or grids of the wrong shape, or different numbers of patches in the two.
         """
         config = self.config
         patches = self.check_inputs(pixel_values, image_grid_thw)
@@ -407,7 +406,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
         return x.unflatten(0, merge_cells).index_select(0, layout.exit.to(x.device))
 
     def check_inputs(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """The patches as (N, 3*p*p); raises as `forward` does."""
+        """The patches as (N, 3*p*p); arguments and errors as in `forward`."""
         merge, patch_dim = self.config.spatial_merge_size, self.config.patch_dim
         patches = pixel_values.reshape(len(pixel_values), math.prod(pixel_values.shape[1:]))
         if patches.shape[1] != patch_dim:
@@ -431,7 +430,7 @@ class NaViLVisionModel(NaViLPreTrainedModel):
 
 
 class NaViLConnector(nn.Module):
-    """Merges the patches of a cell into one visual token: pixel shuffle, LayerNorm, MLP (paper, section 3)."""
+    """Merges the patches of a cell into one visual token: concatenation, LayerNorm, MLP (paper, section 3)."""
 
     def __init__(self, config: NaViLConfig):
         super().__init__()
@@ -448,19 +447,19 @@ class NaViLConnector(nn.Module):
 
 
 class ModalityOrder(NamedTuple):
-    """Tokens of a batch sorted by modality, text first, so that each expert runs on one contiguous stretch.
+    """Sorts the tokens of a batch by modality, text first, so that each expert runs on one contiguous slice.
 
-    Built once per forward pass; `by_modality` is None when every token is text and the order is the sequence order.
+    Built once per forward. Without visual tokens, the order is the sequence order and needs no index.
     """
 
     batch_shape: tuple[int, int]  # (B, L)
     num_text: int
-    by_modality: Tensor | None  # (T,) token at each sorted place
-    by_sequence: Tensor | None  # (T,) sorted place of each token
+    by_modality: Tensor | None  # (T,) token at each sorted index
+    by_sequence: Tensor | None  # (T,) sorted index of each token
 
     @classmethod
     def build(cls, batch_shape: tuple[int, int], visual_mask: Tensor | None) -> "ModalityOrder":
-        """visual_mask: (B, L) bool, or None when every token is text."""
+        """visual_mask: (B, L) bool, or None if all tokens are text."""
         if visual_mask is None:
             return cls(batch_shape, batch_shape[0] * batch_shape[1], None, None)
         visual = visual_mask.flatten()
@@ -481,9 +480,9 @@ class ModalityOrder(NamedTuple):
         return x.unflatten(0, self.batch_shape)
 
     def apply_experts(self, text_expert: Callable, visual_expert: Callable, x: Tensor) -> Tensor:
-        """Each expert on its own tokens of x (T, ...).
+        """Applies each expert to its own tokens of x (T, ...).
 
-        With gradients, an expert without tokens runs on none of them: DDP waits for a (zero) gradient of its weights.
+        With gradients, an expert without tokens runs on an empty slice: DDP needs a (zero) gradient of its weights.
         """
         if self.num_text == len(x) and not torch.is_grad_enabled():
             return text_expert(x)
@@ -492,32 +491,31 @@ class ModalityOrder(NamedTuple):
 
 @dataclass(eq=False)
 class CausalMask:
-    """Additive mask over past keys and padding, built when the first layer knows how many keys the cache holds.
+    """The attention mask of all layers, built when the first layer knows the number of keys in the cache.
 
     Raises:
-        ValueError: a mask of another shape or kind, or what flash-attn cannot do.
+        ValueError: a mask of another shape or dtype, or one that flash-attn does not support.
     """
 
-    attention_mask: Tensor | None  # (B, keys) 1 for tokens; or (B, 1, L, keys) bool (True: seen) or additive
-    cache_position: Tensor  # (L,) place of each query among the keys
+    attention_mask: Tensor | None  # (B, keys) 1 for tokens; or (B, 1, L, keys) bool (True: attend) or additive
+    cache_position: Tensor  # (L,) index of each query among the keys
     past_length: int | None  # keys in the cache; None if only the device knows (static caches)
-    implementation: str  # the attention implementation of every layer
+    implementation: str  # the attention implementation of all layers
     dtype: torch.dtype
     _built: Tensor | None = None
     _key_length: int | None = None
 
     def __post_init__(self):
         mask = self.attention_mask
-        num_keys = len(self.cache_position) + (self.past_length or 0)
+        is_4d = mask is not None and mask.ndim == 4
         if mask is not None:
-            is_ready = mask.ndim == 4 and (mask.dtype == torch.bool or mask.is_floating_point())
-            if mask.ndim != 2 and not is_ready:
-                kind = f"{tuple(mask.shape)} {mask.dtype}"
-                raise ValueError(f"attention_mask must be (B, keys), or (B, 1, L, keys) bool or additive; got {kind}")
+            num_keys = len(self.cache_position) + (self.past_length or 0)
+            if mask.ndim != 2 and not (is_4d and (mask.dtype == torch.bool or mask.is_floating_point())):
+                given = f"{tuple(mask.shape)} {mask.dtype}"
+                raise ValueError(f"attention_mask must be (B, keys), or (B, 1, L, keys) bool or additive; got {given}")
             if mask.shape[-1] < num_keys:
                 raise ValueError(f"attention_mask covers {mask.shape[-1]} keys but there are at least {num_keys}")
-        has_four = mask is not None and mask.ndim == 4
-        if self.implementation == "flash_attention_2" and (self.past_length is None or has_four):
+        if self.implementation == "flash_attention_2" and (self.past_length is None or is_4d):
             raise ValueError(
                 "flash_attention_2 takes neither a (B, 1, L, keys) mask, as of packed rows, nor a static cache; "
                 "attn_implementation='sdpa' takes both"
@@ -538,22 +536,19 @@ class CausalMask:
         has_padding = mask is not None and (torch.compiler.is_compiling() or not bool(mask.all()))
         if self.implementation == "flash_attention_2":
             return mask if has_padding else None
-        # Without a mask a kernel is causal where the queries are all keys, or where one query sees every key.
+        # Kernels need no mask if queries and keys are the same tokens, or if a single query attends to all keys.
         num_queries = len(self.cache_position)
-        holds_no_more = self.past_length is not None and self.past_length + num_queries == key_length
-        needs_no_mask = holds_no_more and num_queries in (1, key_length)
-        if self.implementation != "eager" and not has_padding and needs_no_mask:
-            return None
-        return additive_mask(causal_pairs(mask, self.cache_position, key_length), self.dtype)
+        is_full = self.past_length is not None and self.past_length + num_queries == key_length
+        needs_mask = self.implementation == "eager" or has_padding or not is_full or num_queries not in (1, key_length)
+        return additive_mask(visible_keys(mask, self.cache_position, key_length), self.dtype) if needs_mask else None
 
 
 def decoder_attention_eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention by definition, of query (B, H, L, E), key and value (B, K, keys, E).
+    """Attention by definition: query (B, H, L, E), key and value (B, K, keys, E) -> (B, L, H, E).
 
-    Returns:
-        The output (B, L, H, E) and the weights (B, H, L, keys).
+    Also returns the weights (B, H, L, keys).
     """
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = (query * scaling) @ key.transpose(-1, -2)
@@ -565,10 +560,10 @@ def decoder_attention_eager(
 def decoder_attention_one_query(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
 ) -> tuple[Tensor, None]:
-    """As `decoder_attention_eager` where L is 1: decoding, which is as fast as keys and values can be read.
+    """As `decoder_attention_eager` for L = 1: decoding, whose speed is that of reading keys and values.
 
-    Query groups are folded into the query dimension, so keys and values are not repeated as in transformers' function.
-    Compiled for a GPU, the definition itself uses more of it than kernels with one block per head.
+    GQA query groups are folded into the query dimension, so keys and values are not repeated as in transformers'
+    function. Compiled for a GPU, the definition is faster than kernels that use one block per head.
     """
     if query.is_cuda and torch.compiler.is_compiling():
         return decoder_attention_eager(module, query, key, value, mask, scaling, dropout)[0], None
@@ -578,7 +573,7 @@ def decoder_attention_one_query(
 
 
 class NaViLAttentionExpert(nn.Module):
-    """One modality's projections into and out of the shared attention."""
+    """One modality's projections for the shared attention."""
 
     def __init__(self, config: NaViLTextConfig):
         super().__init__()
@@ -603,7 +598,7 @@ class NaViLAttentionExpert(nn.Module):
 
 
 class NaViLAttention(nn.Module):
-    """Causal attention over all tokens, with the projections of each token's modality (MHA-MMoE)."""
+    """Causal attention over all tokens, with the projections of each token's modality (the paper's MHA-MMoE)."""
 
     def __init__(self, config: NaViLTextConfig, layer_idx: int):
         super().__init__()
@@ -653,7 +648,7 @@ class NaViLFeedForwardExpert(nn.Module):
 
 
 class NaViLFeedForward(nn.Module):
-    """The FFN of each token's modality (FFN-MMoE)."""
+    """The FFN of each token's modality (the paper's FFN-MMoE)."""
 
     def __init__(self, config: NaViLTextConfig):
         super().__init__()
@@ -679,7 +674,7 @@ class NaViLDecoderLayer(nn.Module):
 
 
 class NaViLTextModel(NaViLPreTrainedModel):
-    """The decoder without its output head. With no visual token it is a plain LLM at a plain LLM's cost."""
+    """The decoder without its output head. Without visual tokens, it computes what a plain LLM does."""
 
     config_class = NaViLTextConfig
 
@@ -694,9 +689,6 @@ class NaViLTextModel(NaViLPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
-
     @can_return_tuple
     def forward(
         self,
@@ -707,14 +699,16 @@ class NaViLTextModel(NaViLPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         visual_token_mask: Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
         cache_position: Tensor | None = None,
         cache: Cache | None = None,
     ) -> BaseModelOutputWithPast:
-        """As transformers' decoders; `visual_token_mask` (B, L) bool says which tokens the visual experts take.
+        """As in transformers' decoders.
 
-        `cache` is what transformers calls `past_key_values` from 5.24 on.
+        Args:
+            visual_token_mask: (B, L) bool, True for the visual experts; None means that all tokens are text.
+            cache: the name of `past_key_values` since transformers 5.24.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -723,11 +717,7 @@ class NaViLTextModel(NaViLPreTrainedModel):
         if visual_token_mask is not None and tuple(visual_token_mask.shape) != batch_shape:
             raise ValueError(f"visual_token_mask is {tuple(visual_token_mask.shape)} but the tokens are {batch_shape}")
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
+        use_cache = use_cache and not (self.gradient_checkpointing and self.training)
         past_key_values = one_cache(past_key_values, cache)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -739,7 +729,7 @@ class NaViLTextModel(NaViLPreTrainedModel):
             attention_mask,
             cache_position,
             past_length if isinstance(past_length, int) else None,
-            "eager" if output_attentions else self.config._attn_implementation,  # kernels keep no weights
+            "eager" if output_attentions else self.config._attn_implementation,  # kernels return no weights
             inputs_embeds.dtype,
         )
         if position_ids is None:
@@ -764,16 +754,16 @@ class NaViLTextModel(NaViLPreTrainedModel):
         )
 
     def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, (B, 1, L, E/2), of 1D RoPE with none, linear or dynamic NTK scaling."""
+        """Cosine and sine, (B, 1, L, E/2), of 1D RoPE without scaling, or with linear or dynamic NTK scaling."""
         config = self.config
         frequencies = rotary_frequencies(config.head_dim, config.rope_theta, position_ids.device)  # (E/2,)
         positions = position_ids[..., None].float()  # (B, L, 1)
         if config.rope_type == "linear":
             positions = positions / config.rope_factor
         elif config.rope_type == "dynamic":
-            # The base grows with the sequence beyond the trained context, per sequence and without a host sync.
-            stretch = (positions.amax(dim=1, keepdim=True) + 1).clamp(min=config.max_position_embeddings)
-            growth = config.rope_factor * stretch / config.max_position_embeddings - (config.rope_factor - 1)
+            # Beyond the trained context, the base grows with the length of each sequence; no host sync.
+            length = (positions.amax(dim=1, keepdim=True) + 1).clamp(min=config.max_position_embeddings)
+            growth = config.rope_factor * length / config.max_position_embeddings - (config.rope_factor - 1)
             exponents = torch.arange(0, config.head_dim, 2, device=growth.device) / (config.head_dim - 2)
             frequencies = frequencies * growth**-exponents  # (B, 1, E/2)
         angles = (positions * frequencies)[:, None]  # (B, 1, L, E/2)
@@ -781,20 +771,20 @@ class NaViLTextModel(NaViLPreTrainedModel):
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache, by its name before or since transformers 5.24; a ValueError if both are used."""
+    """The cache, given by its name before or since transformers 5.24; a ValueError if both are given."""
     if past_key_values is not None and cache is not None:
         raise ValueError("past_key_values and cache are two names of one thing: give one of them")
     return cache if past_key_values is None else past_key_values
 
 
 def num_cached_tokens(inputs: dict[str, Any]) -> int:
-    """Tokens in the cache among `generate`'s inputs. A static cache counts on its device: a host sync."""
+    """Tokens in the cache of `generate`'s inputs; a host sync for a static cache."""
     cache = one_cache(inputs.get("past_key_values"), inputs.get("cache"))
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def default_position_ids(attention_mask: Tensor | None, cache_position: Tensor) -> Tensor:
-    """(B or 1, L) positions that do not count padding."""
+    """(B or 1, L) positions, not counting padding."""
     if attention_mask is None or attention_mask.ndim != 2:
         return cache_position[None]
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -808,19 +798,19 @@ def next_token_loss(
 
     Args:
         logits: (B, L, vocabulary).
-        labels: (B, L) ids, -100 where nothing is to be learned.
+        labels: (B, L) ids, -100 for positions to ignore.
         loss_weight: (B, L) weight of each label. The loss is then sum(w * ce) / sum(w) over all shifted positions; an
             ignored label adds 0 to the first sum and its weight to the second.
-        num_items: labels in the whole accumulated batch, by which the sum is divided instead of this batch's own;
-            no effect on a weighted loss (to accumulate it, set `model_accepts_loss_kwargs = False` of `Trainer`, which
-            then averages micro-batches).
+        num_items: divisor of the summed loss instead of the number of labels here: the number of labels in all
+            micro-batches of a step. Weighted losses ignore it; to accumulate those, set `Trainer`'s
+            `model_accepts_loss_kwargs = False`, so that it averages the micro-batches.
 
     Returns:
-        The loss, 0 with zero gradients where there is nothing to learn.
+        The loss; 0 with zero gradients if there is no label.
     """
     labels = labels[:, 1:].to(logits.device, torch.long)
     counted = labels != IGNORE_INDEX
-    # Only counted logits become float32: a long prompt's logits are the largest tensor.
+    # Only these logits become float32: the logits of a long prompt are the largest tensor.
     losses = F.cross_entropy(logits[:, :-1][counted].float(), labels[counted], reduction="none")
     if loss_weight is not None:
         weight = loss_weight[:, 1:].to(losses)
@@ -832,14 +822,14 @@ def next_token_loss(
 # -- The composed model ------------------------------------------------------------------------------------------------
 
 VISUAL_INPUTS = (*IMAGE_INPUTS, "visual_token_mask")
-"""Inputs of `generate` that belong to the prompt alone."""
+"""Inputs of `generate` for the prompt only, not for later steps."""
 
 TRAINING_STAGES = {
     "s1.1": ("vision_model.", "connector.", ".visual."),
     "s1.2": ("vision_model.", "connector.", ".visual.", ".self_attn.text."),
     "s2": ("",),
 }
-"""The paper's stages and what the names of their trained parameters contain (section 4.2)."""
+"""The paper's training stages (section 4.2): each trains the parameters whose names contain one of these strings."""
 
 
 def check_slots(num_slots: int, num_visual_tokens: int) -> None:
@@ -850,10 +840,10 @@ def check_slots(num_slots: int, num_visual_tokens: int) -> None:
 
 
 def fill_slots(inputs_embeds: Tensor, slots: Tensor, visual_tokens: Tensor) -> Tensor:
-    """Embeddings (B, L, D) with visual tokens (V, D) in their slots, (B, L) bool.
+    """Writes visual tokens (V, D) into their slots (B, L) bool of the embeddings (B, L, D).
 
     Raises:
-        ValueError: another number of slots than of visual tokens.
+        ValueError: different numbers of slots and visual tokens.
     """
     check_slots(int(slots.sum()), len(visual_tokens))
     visual_tokens = visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -880,14 +870,16 @@ class NaViLModel(NaViLPreTrainedModel):
         """Visual tokens (V, D) in the order of their `<IMG_CONTEXT>` slots; arguments as in `NaViLVisionModel`."""
         return self.connector(self.vision_model(pixel_values, image_grid_thw))
 
-    def find_tokens(
-        self, token_id: int | None, input_ids: Tensor | None, inputs_embeds: Tensor | None = None
-    ) -> Tensor:
-        """(B, L) bool: where a special token stands; without ids it is recognized by its embedding.
+    def find_tokens(self, name: str, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """(B, L) bool: the positions of a special token; without ids, it is recognized by its embedding.
+
+        Args:
+            name: `image_token_id`, for the slots of visual tokens, or `image_start_token_id`.
 
         Raises:
-            ValueError: the config does not know the token.
+            ValueError: the config lacks the token's id.
         """
+        token_id = getattr(self.config, name)
         if token_id is None:
             raise ValueError("the config lacks the image tokens' ids: call init_special_token_ids(tokenizer)")
         if input_ids is not None:
@@ -896,9 +888,9 @@ class NaViLModel(NaViLPreTrainedModel):
         return (inputs_embeds == embedding).all(-1)
 
     def get_visual_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """(B, L) bool: the tokens that run on the visual experts when `pixel_values` is given."""
-        slots = self.find_tokens(self.config.image_token_id, input_ids, inputs_embeds)
-        return slots | self.find_tokens(self.config.image_start_token_id, input_ids, inputs_embeds)
+        """(B, L) bool: the tokens that run on the visual experts if `pixel_values` is given."""
+        slots = self.find_tokens("image_token_id", input_ids, inputs_embeds)
+        return slots | self.find_tokens("image_start_token_id", input_ids, inputs_embeds)
 
     @can_return_tuple
     def forward(
@@ -915,7 +907,7 @@ class NaViLModel(NaViLPreTrainedModel):
         """Last hidden state (B, L, D) of images and text; arguments as in `NaViLForConditionalGeneration`.
 
         Args:
-            always_run_vision: run the vision encoder for a batch without images too, as every training step does.
+            always_run_vision: run the vision encoder even without images, as in every training step.
             kwargs: arguments of `NaViLTextModel`.
         """
         has_images = pixel_values is not None
@@ -931,23 +923,23 @@ class NaViLModel(NaViLPreTrainedModel):
                 raise ValueError(f"num_scales adds up to {total} but image_grid_thw has {num_grids} scales")
             if visual_token_mask is None:
                 visual_token_mask = self.get_visual_token_mask(input_ids, inputs_embeds)
-            elif input_ids is None:  # virtual tokens of PEFT's prompt tuning stand in front of the masked ones
+            elif input_ids is None:  # PEFT's prompt tuning puts virtual tokens in front, without a mask
                 num_virtual = inputs_embeds.shape[1] - visual_token_mask.shape[1]
                 visual_token_mask = F.pad(visual_token_mask, (num_virtual, 0))
-            slots = self.find_tokens(self.config.image_token_id, input_ids, inputs_embeds) & visual_token_mask
+            slots = self.find_tokens("image_token_id", input_ids, inputs_embeds) & visual_token_mask
             if len(pixel_values):
                 visual_tokens = self.get_image_features(pixel_values, image_grid_thw)
-            else:  # rows without images, cut from a batch that has some
-                visual_tokens = self._features_of_no_image(embeds.device)
+            else:  # rows without images, sliced from a batch with images
+                visual_tokens = self._dummy_features(embeds.device)
             embeds = fill_slots(embeds, slots, visual_tokens)
         elif always_run_vision or (self.training and torch.is_grad_enabled()):
-            embeds = embeds + self._features_of_no_image(embeds.device).sum().to(embeds)
+            embeds = embeds + self._dummy_features(embeds.device).sum().to(embeds)
         return self.language_model(inputs_embeds=embeds, visual_token_mask=visual_token_mask, **kwargs)
 
-    def _features_of_no_image(self, device: torch.device) -> Tensor:
-        """(0, D) visual tokens of a blank cell, so that batches with and without images run the same modules.
+    def _dummy_features(self, device: torch.device) -> Tensor:
+        """(0, D): runs the encoder on a blank cell and drops the result, for batches without images.
 
-        Distributed training needs that: FSDP gathers every block's weights, DDP gets a (zero) gradient of each.
+        Distributed training needs it: FSDP gathers each block's weights, and DDP gets a (zero) gradient of each.
         """
         merge_size = self.config.vision_config.spatial_merge_size
         patches = torch.zeros(merge_size**2, self.config.vision_config.patch_dim, device=device)
@@ -973,15 +965,15 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         """As in transformers; `use_flash_attn` is the released name for an `attn_implementation`.
 
         Raises:
-            ValueError: `use_flash_attn=True` where flash-attn cannot run, or with another `attn_implementation`.
+            ValueError: `use_flash_attn=True` without flash-attn, or with another `attn_implementation`.
         """
-        if load_in_8bit:  # a flag of the released examples, which transformers 5 does not take
+        if load_in_8bit:  # used in the released examples; transformers 5 has dropped it
             kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
         if use_flash_attn is not None:
             if use_flash_attn and not is_flash_attn_2_available():
                 raise ValueError("use_flash_attn=True needs an NVIDIA GPU and the package flash-attn; or leave it out")
             implementation = "flash_attention_2" if use_flash_attn else "sdpa"
-            # AutoModel puts the caller's choice into the config.
+            # AutoModel moves the argument into the config.
             given = getattr(kwargs.get("config"), "_attn_implementation_internal", None)
             if kwargs.setdefault("attn_implementation", given or implementation) != implementation:
                 raise ValueError(f"use_flash_attn={use_flash_attn} means attn_implementation={implementation!r}")
@@ -991,7 +983,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             file = f"{kwargs['subfolder']}/{GENERATION_CONFIG_NAME}"
             names = kwargs.keys() & {"revision", "token", "cache_dir", "local_files_only"}
             source = {name: kwargs[name] for name in names}
-            with suppress(OSError):  # transformers 5 reads the root's file, not the subfolder's
+            with suppress(OSError):  # transformers 5 ignores the subfolder here
                 model.generation_config = GenerationConfig.from_pretrained(args[0], file, **source)
         return loaded
 
@@ -1016,8 +1008,8 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         """As `NaViLModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw)
 
-    def init_special_token_ids(self, tokenizer: Any) -> None:
-        """Reads the ids of `<IMG_CONTEXT>` and `<img>` off a tokenizer into the config.
+    def init_special_token_ids(self, tokenizer: NaViLTokenizer) -> None:
+        """Sets the ids of `<IMG_CONTEXT>` and `<img>` in the config to the tokenizer's.
 
         Raises:
             ValueError: the tokenizer lacks them, or they lie outside the embedding table.
@@ -1032,11 +1024,11 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         self.config.image_token_id, self.config.image_start_token_id = token_ids
 
     def set_training_stage(self, stage: str) -> None:
-        """Lets a stage's parameters train and freezes the others (paper, section 4.2).
+        """Sets which parameters train (paper, section 4.2).
 
         Args:
-            stage: `s1.1` trains the vision encoder, the connector and the visual experts; `s1.2` the text experts'
-                attention too; `s2` everything.
+            stage: `s1.1` trains the vision encoder, the connector and the visual experts; `s1.2` also the text experts'
+                attention; `s2` everything.
 
         Raises:
             ValueError: another stage.
@@ -1047,7 +1039,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             parameter.requires_grad_(any(part in name for part in TRAINING_STAGES[stage]))
 
     def enable_input_require_grads(self) -> None:
-        """As in transformers, for the inputs of the decoder and of the vision encoder."""
+        """As in transformers, for both the decoder and the vision encoder."""
         super().enable_input_require_grads()
         self.vision_model.enable_input_require_grads()
 
@@ -1077,25 +1069,23 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """One pass over images and text.
+        """Logits (B, L, vocabulary) of images and text, with `labels` also the loss.
 
-        Args beyond transformers' convention:
+        Arguments that other models of transformers do not have:
             pixel_values, image_grid_thw: of all images of the batch, as in `NaViLVisionModel`.
-            num_scales: (images,) how many of the scales belong to each image.
+            num_scales: (images,) number of scales of each image.
             inputs_embeds: (B, L, D); with `pixel_values` and without `input_ids`, slots are recognized by their
                 embedding, as PEFT's prompt tuning needs.
-            visual_token_mask: (B, L) bool tokens for the visual experts. None means every `<IMG_CONTEXT>` and `<img>`
-                if `pixel_values` is given, else none: `inputs_embeds` that contain visual tokens need a mask. An
-                `<IMG_CONTEXT>` outside it is no slot.
-            labels: (B, L) ids or -100. The label after an `<IMG_CONTEXT>` is ignored; in the processor's
-                `training_batch` it is -100 already, so `Trainer` normalizes by the same token count.
-            loss_weight: (B, L) weights of the labels, see `next_token_loss`; with them, no label is ignored for its
-                place.
-            kwargs: `cache_position`, which transformers passes before 5.24; anything else is a TypeError.
+            visual_token_mask: (B, L) bool, True for the visual experts. None means all `<IMG_CONTEXT>` and `<img>` if
+                `pixel_values` is given, else none; so `inputs_embeds` with visual tokens need it. An `<IMG_CONTEXT>`
+                outside the mask is not a slot.
+            labels: (B, L) ids or -100. A label after an `<IMG_CONTEXT>` is ignored; in the processor's `training_batch`
+                it is -100 already, so `Trainer` normalizes by the same token count.
+            loss_weight: (B, L), as in `next_token_loss`; with it, labels after `<IMG_CONTEXT>` are not ignored.
+            kwargs: `cache_position`, which transformers passes before 5.24; others are a TypeError.
 
         Raises:
-            ValueError: another number of `<IMG_CONTEXT>` tokens than of visual tokens (both are named), or inputs
-                that do not fit together.
+            ValueError: different numbers of `<IMG_CONTEXT>` and visual tokens, or inputs that do not fit together.
         """
         config = self.config
         outputs = self.model(
@@ -1122,7 +1112,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             if logits.shape[:2] != labels.shape:
                 raise ValueError(f"labels are {tuple(labels.shape)} but logits cover {tuple(logits.shape[:2])}")
             if loss_weight is None and pixel_values is not None:
-                slots = self.model.find_tokens(config.image_token_id, input_ids, inputs_embeds)
+                slots = self.model.find_tokens("image_token_id", input_ids, inputs_embeds)
                 labels = labels.masked_fill(F.pad(slots[:, :-1], (1, 0)).to(labels.device), IGNORE_INDEX)
             loss = next_token_loss(logits, labels, loss_weight, num_items_in_batch)
         return CausalLMOutputWithPast(
@@ -1141,7 +1131,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         """As in transformers.
 
         Raises:
-            ValueError: a prompt beyond the context length, with both numbers and a `max_pixels` that would fit; or
+            ValueError: a prompt longer than the context, with both lengths and a `max_pixels` that fits; or
                 `prefill_chunk_size` with images.
         """
         settings = self.generation_config if generation_config is None else generation_config
@@ -1155,18 +1145,18 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             self._check_prompts(prompt, kwargs)
         has_ids = prompt is not None and not prompt.is_floating_point()
         if has_images and has_ids and kwargs.get("visual_token_mask") is None:
-            # Of the prompt alone: generated tokens are text, also when a forward without a cache sees them again.
+            # Of the prompt only: generated tokens are text, also if a forward without a cache gets them again.
             kwargs["visual_token_mask"] = self.model.get_visual_token_mask(prompt)
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def check_context(self, num_tokens: int, plans: Sequence[ImagePlan] = ()) -> None:
-        """Raises a ValueError for a prompt with more tokens than the context holds, and advises how its images fit."""
+        """Raises `NaViLImageProcessor.context_error` for a prompt with more tokens than the context holds."""
         limit = self.config.text_config.context_length
         if num_tokens > limit:
             raise self.image_processor.context_error(num_tokens, limit, plans)
 
     def _check_prompts(self, prompts: Tensor, inputs: dict[str, Any]) -> None:
-        """As `check_context`, for the longest row of prompts (B, L), or embeddings (B, L, D)."""
+        """`check_context` for the longest row of prompts (B, L), or embeddings (B, L, D)."""
         attention_mask, grids = inputs.get("attention_mask"), inputs.get("image_grid_thw")
         lengths = torch.full((len(prompts),), prompts.shape[1])
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -1182,9 +1172,9 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, visual_token_mask: Tensor | None = None, **kwargs
     ) -> dict[str, Any]:
-        kwargs.pop("tokenizer", None)  # of stop strings, which transformers 4.57 and later pass on to the model
+        kwargs.pop("tokenizer", None)  # for stop strings; transformers 4.57 and later pass it to the model
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        if "cache" in inputs:  # PEFT, which puts virtual tokens in front, looks for it by its older name
+        if "cache" in inputs:  # PEFT's prompt tuning looks for the older name
             inputs["past_key_values"] = inputs.pop("cache")
         tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         num_new, num_cached = tokens.shape[1], input_ids.shape[1] - tokens.shape[1]
@@ -1199,12 +1189,12 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
     def _images_not_cached(
         self, input_ids: Tensor, num_cached: int, pixel_values: Tensor, image_grid_thw: Tensor
     ) -> dict[str, Tensor | None]:
-        """Of a prompt's images, those whose slots are not in the cache that came with the prompt.
+        """The images whose slots are not among the prompt's first `num_cached` tokens, which the cache holds.
 
-        Images may be given for the whole prompt (B, L) or for what follows its `num_cached` first tokens alone.
+        The given images may be those of the whole prompt (B, L) or only of its uncached tokens.
         """
-        slots = self._slots(input_ids)
-        columns = slots.nonzero()[:, 1]  # (V,) of each slot, in the order of the visual tokens
+        slots = self.model.find_tokens("image_token_id", input_ids)
+        columns = slots.nonzero()[:, 1]  # (V,) index in the row, of the slot of each visual token
         if not slots[:, num_cached:].any():
             return dict.fromkeys(VISUAL_INPUTS)
         num_patches = image_grid_thw.prod(-1).to(columns.device)
@@ -1219,26 +1209,22 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             "num_scales": None,
         }
 
-    def _slots(self, input_ids: Tensor) -> Tensor:
-        """(B, L) bool: where visual tokens go."""
-        return self.model.find_tokens(self.config.image_token_id, input_ids)
-
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("use_cache", True):  # the prompt is in the cache now, its images with it
+        if model_kwargs.get("use_cache", True):  # the cache has the prompt and its images
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in VISUAL_INPUTS}
         return model_kwargs
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, input_ids: Tensor | None = None, **inputs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Repeats every prompt `expand_size` times, each with its own images (beams, several return sequences)."""
+        """Repeats each prompt and its images `expand_size` times, for beams or several return sequences."""
         packed = {name: inputs.pop(name, None) for name in IMAGE_INPUTS}
         if expand_size > 1 and packed["pixel_values"] is not None:
             new_tokens = input_ids[:, num_cached_tokens(inputs) :]
-            if self._slots(new_tokens).any():  # else the cache holds the images already
+            if self.model.find_tokens("image_token_id", new_tokens).any():  # else the cache holds the images already
                 packed = self._repeat_images(new_tokens, expand_size, *list(packed.values())[:2])
         input_ids, inputs = super()._expand_inputs_for_generation(expand_size, input_ids=input_ids, **inputs)
         return input_ids, inputs | {name: value for name, value in packed.items() if value is not None}
@@ -1256,20 +1242,20 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         }
 
     def _row_of_scale(self, input_ids: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """(S,) which row's slots a scale fills: slots and scales are both in order over the batch.
+        """(S,) the row of each scale's slots: both slots and scales are in order over the batch.
 
         Raises:
-            ValueError: another number of slots than the scales have visual tokens.
+            ValueError: different numbers of slots and visual tokens.
         """
-        slots_before = self._slots(input_ids).sum(-1).cumsum(0)  # (B,)
+        slots_before = self.model.find_tokens("image_token_id", input_ids).sum(-1).cumsum(0)  # (B,)
         cells_before = (image_grid_thw.prod(-1) // self.config.vision_config.spatial_merge_size**2).cumsum(0)
         check_slots(int(slots_before[-1]), int(cells_before[-1]))
         return torch.searchsorted(slots_before, cells_before.to(slots_before.device)).to(image_grid_thw.device)
 
 
 NaViLForConditionalGeneration.register_for_auto_class("AutoModel")
-# Pipelines look here for tokenizer, processor and models; Trainer's label smoothing shifts labels for those in the last
-# table. Only the names count, and TRL before 1.0 would require images in every row of a model type among the keys.
+# Pipelines look up tokenizer, processor and model here; Trainer's label smoothing shifts labels for the models in the
+# last table. The keys are no model types, of which TRL before 1.0 would require images in every row.
 AutoTokenizer.register(NaViLConfig, fast_tokenizer_class=NaViLTokenizer, exist_ok=True)
 AutoProcessor.register(NaViLConfig, NaViLProcessor, exist_ok=True)
 for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):

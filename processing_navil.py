@@ -21,18 +21,17 @@ from .tokenization_navil import (
     content_parts,
     expand_image_slots,
     hide_placeholders,
-    hide_typed_placeholders,
     list_conversations,
 )
 
 IGNORE_INDEX = -100
 
-# What `NaViLProcessor` passes on to the image processor, which rejects what it does not know, and to the tokenizer.
+# Keywords of `NaViLProcessor` for the image processor, which rejects unsupported ones, and for the tokenizer.
 IMAGE_SETTINGS = {*ImagesKwargs.__annotations__, *inspect.signature(NaViLImageProcessor.plan).parameters}
 IMAGE_SETTINGS -= {"self", "images", "return_tensors", "switches"}
 TEXT_SETTINGS = {*TextKwargs.__annotations__, "return_tensors"}
 TEXT_SETTINGS -= {"return_mm_token_type_ids", "return_text_replacement_offsets", "sanitize_control_tokens"}
-SETTING = "a setting of the image processor or the tokenizer"
+KNOWN_SETTINGS = "a setting of the image processor or the tokenizer"
 
 
 class NaViLProcessor(ProcessorMixin):
@@ -41,12 +40,12 @@ class NaViLProcessor(ProcessorMixin):
     Args:
         image_processor: a `NaViLImageProcessor`.
         tokenizer: a `NaViLTokenizer`; its chat template is the processor's.
-        multi_scale: whether images are packed at several scales by default, as NaViL was trained. TRL's GRPO counts one
-            row of `image_grid_thw` for each image and so needs False.
-        chat_template: another template for the tokenizer.
+        multi_scale: whether to pack images at several scales, as NaViL was trained, unless a call says otherwise. TRL's
+            GRPO assumes one row of `image_grid_thw` per image and so needs False.
+        chat_template: replaces the tokenizer's.
     """
 
-    if not hasattr(ProcessorMixin, "get_attributes"):  # transformers 4; 5 reads them off `__init__`
+    if not hasattr(ProcessorMixin, "get_attributes"):  # transformers 4; 5 reads the signature of `__init__`
         attributes = ["image_processor", "tokenizer"]
         image_processor_class = "AutoImageProcessor"
         tokenizer_class = "AutoTokenizer"
@@ -59,7 +58,7 @@ class NaViLProcessor(ProcessorMixin):
 
     @property
     def chat_template(self) -> Any:
-        """The tokenizer's."""
+        """The tokenizer's chat template."""
         return self.tokenizer.chat_template
 
     @chat_template.setter
@@ -69,17 +68,17 @@ class NaViLProcessor(ProcessorMixin):
 
     @classmethod
     def get_processor_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers, without a chat template, which the tokenizer loads."""
+        """As in transformers, without the chat template, which the tokenizer loads."""
         settings, kwargs = super().get_processor_dict(*args, **kwargs)
         settings.pop("chat_template", None)
         return settings, kwargs
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As in transformers, without the image processor: all versions find that in `preprocessor_config.json`."""
+        """As in transformers, without the image processor, which all versions read from `preprocessor_config.json`."""
         return {name: value for name, value in super().to_dict(*args, **kwargs).items() if name != "image_processor"}
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """As in transformers, as files that transformers 4 and 5 read, with one copy of each setting."""
+        """As in transformers, but both transformers 4 and 5 can read the files, and each setting is saved once."""
         saved = super().save_pretrained(str(save_directory), **kwargs)
         self.image_processor.save_pretrained(save_directory)
         Path(save_directory, "chat_template.json").unlink(missing_ok=True)
@@ -96,24 +95,23 @@ class NaViLProcessor(ProcessorMixin):
         allow_control_tokens: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Packs images and tokenizes prompts that say `<image>` once per image.
+        """Packs images and tokenizes prompts with one `<image>` per image.
 
         Args:
-            images: an image, as the image processor takes it, or a list of them in the order of their placeholders, or
-                one such list per prompt.
+            images: an image in any form that the image processor reads, a list of images in the order of their
+                placeholders, or one such list per prompt.
             text: a prompt or a list of prompts.
             audio, videos: not supported, must be None.
-            allow_control_tokens: let slot tokens through that are in a prompt already.
-            kwargs: settings of the image processor (`multi_scale`, `min_pixels`, `max_pixels`,
-                `scale_downsample_ratio`) and of the tokenizer (`padding`, `return_tensors`, ...), also in
-                `images_kwargs` and `text_kwargs`.
+            allow_control_tokens: accept prompts that contain slot tokens already.
+            kwargs: settings of `NaViLImageProcessor.plan` and of the tokenizer (`padding`, `return_tensors`, ...), flat
+                or in `images_kwargs` and `text_kwargs`.
 
         Returns:
-            `input_ids` and `attention_mask` (B, L); with images also `pixel_values` (patches, 3 * p * p),
-            `image_grid_thw` (scales, 3) and `num_scales` (images,).
+            `input_ids` and `attention_mask` (B, L); with images also `pixel_values`, `image_grid_thw` and `num_scales`
+            as in `NaViLImageProcessor.pack`.
 
         Raises:
-            ValueError: no text, another number of images than of placeholders, slot tokens in the text, audio, video or
+            ValueError: no text, different numbers of images and placeholders, slot tokens in the text, audio, video or
                 an unknown keyword.
         """
         texts = list(text) if isinstance(text, list | tuple) else [text]
@@ -122,7 +120,7 @@ class NaViLProcessor(ProcessorMixin):
         if audio is not None or videos is not None:
             raise ValueError("NaViL takes images and text, not audio or video")
         image_settings, text_settings, others = split_settings(kwargs)
-        check_keywords(others, (), SETTING)
+        check_keywords(others, (), KNOWN_SETTINGS)
         images = _images_in_order(images, texts)
         texts, features = self._fill_slots(texts, images, image_settings, allow_control_tokens)
         return_tensors = text_settings.pop("return_tensors", None)
@@ -132,8 +130,8 @@ class NaViLProcessor(ProcessorMixin):
     def _fill_slots(
         self, texts: Sequence[str], images: list[Any], settings: dict[str, Any], allow_control_tokens: bool
     ) -> tuple[list[str], dict[str, np.ndarray]]:
-        """The texts with a slot for every image, and the images' inputs."""
-        check_keywords(settings, IMAGE_SETTINGS, SETTING)
+        """The texts with a slot for each image, and the images' inputs."""
+        check_keywords(settings, IMAGE_SETTINGS, KNOWN_SETTINGS)
         plans = self.image_processor.plan(images, **{"multi_scale": self.multi_scale, **settings}) if images else []
         scales = [plan.scales for plan in plans]
         texts = expand_image_slots(texts, scales, self.image_processor.cell, allow_control_tokens)
@@ -156,14 +154,14 @@ class NaViLProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers, images in the messages included.
+        """As in transformers, including the images in the messages. `<image>` in a text is text.
 
         Args:
-            conversation: messages, or a batch of conversations, as `list_conversations` reads them; an image part may
-                have `min_pixels` and `max_pixels` of its own.
-            add_generation_prompt: None adds it when a user speaks last, so that the result goes into `generate`.
-            allow_control_tokens: let special tokens through that are typed in a message. `<image>` in a text is text.
-            processor_kwargs, kwargs: settings for `__call__`, when `tokenize`; other `kwargs` are variables of the
+            conversation: messages, or a batch of conversations, as in `list_conversations`; an image part may have its
+                own `min_pixels` and `max_pixels`.
+            add_generation_prompt: None adds it if all last messages are a user's.
+            allow_control_tokens: accept special tokens in texts.
+            processor_kwargs, kwargs: settings of `__call__`, if `tokenize`; other `kwargs` are variables of the
                 template, such as `tools`, `system_message` and `enable_thinking`.
 
         Raises:
@@ -175,10 +173,10 @@ class NaViLProcessor(ProcessorMixin):
             kwargs["system_message"] = variables["system_message"] = hide_placeholders(variables["system_message"])
         conversations = list_conversations(conversation)
         if add_generation_prompt is None:
-            asked = [messages[-1]["role"] == "user" for messages in conversations]
-            add_generation_prompt = all(asked) and not continue_final_message
+            ends_with_user = all(messages[-1]["role"] == "user" for messages in conversations)
+            add_generation_prompt = ends_with_user and not continue_final_message
         prompts = self.tokenizer.apply_chat_template(
-            [hide_typed_placeholders(messages) for messages in conversations] if tokenize else conversations,
+            hide_placeholders(conversations) if tokenize else conversations,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -200,24 +198,23 @@ class NaViLProcessor(ProcessorMixin):
         allow_control_tokens: bool = False,
         **image_settings: Any,
     ) -> BatchFeature:
-        """Conversations to a batch that trains on their answers: the `data_collator` of a `Trainer`.
+        """Conversations to a training batch with their answers as labels: the `data_collator` of a `Trainer`.
 
         Args:
-            examples: `{"messages": ...}` each, a conversation as `apply_chat_template` takes it.
-            row_length: None gives every conversation its own row. A number (set with `functools.partial`) packs several
-                into a row of at most this many tokens, and they do not attend to each other.
-            allow_control_tokens: let special tokens through that are typed in a message, as tokens added for training.
+            examples: `{"messages": ...}` each, a conversation as in `apply_chat_template`.
+            row_length: None gives each conversation its own row. A number (set with `functools.partial`) packs several
+                into a row of at most this many tokens; they do not attend to each other.
+            allow_control_tokens: accept special tokens in texts, such as tokens added for training.
             image_settings: settings of the image processor, as in `__call__`.
 
         Returns:
-            `input_ids` and `labels` (B, L), padded on the right; labels are every answer with the token that ends it,
-            and -100 elsewhere. `attention_mask` (B, L); packed, (B, 1, L, L) bool, block-diagonal and causal, with
-            `position_ids` (B, L) that start at 0 in every conversation. The images' inputs as in `__call__`, if there
-            are any.
+            `input_ids` and `labels` (B, L), padded on the right; labels are the ids of each answer and its end token,
+            -100 elsewhere. `attention_mask` (B, L); if packed, (B, 1, L, L) bool, block-diagonal and causal, and
+            `position_ids` (B, L) that restart at 0 in each conversation. With images, their inputs as in `__call__`.
 
         Raises:
-            ValueError: no example, one whose messages do not end with an answer, an image in an answer, or more than
-                `row_length` tokens.
+            ValueError: no example, one that does not end with an answer, an image in an answer, or a conversation of
+                more than `row_length` tokens.
         """
         if not examples:
             raise ValueError("expected at least one example, got none")
@@ -226,26 +223,26 @@ class NaViLProcessor(ProcessorMixin):
         rows = fill_rows(encoded, whole_number(row_length, "row_length")) if is_packed else [[one] for one in encoded]
         batch = join_rows(rows, self.tokenizer.pad_token_id)
         sample_index = batch.pop("sample_index")
-        batch["attention_mask"] = block_diagonal_mask(sample_index) if is_packed else (sample_index >= 0).long()
-        if not is_packed:
-            del batch["position_ids"]
-        return BatchFeature(batch)
+        if is_packed:
+            return BatchFeature({**batch, "attention_mask": block_diagonal_mask(sample_index)})
+        del batch["position_ids"]
+        return BatchFeature({**batch, "attention_mask": (sample_index >= 0).long()})
 
     def encode_conversation(
         self, example: dict[str, Any], allow_control_tokens: bool = False, **image_settings: Any
     ) -> "Conversation":
-        """One example of a `training_batch`: its ids, labels and images' inputs; arguments and errors as there."""
+        """Encodes one example of a `training_batch`, whose arguments and errors it has."""
         if not isinstance(example, dict) or "messages" not in example:
             raise ValueError(
                 f"an example is a dict with a conversation as its `messages`, got {example!r:.80}; "
                 "Trainer drops them unless its remove_unused_columns is False"
             )
         [messages] = list_conversations(example["messages"])
-        stretches = self._split_at_answers(hide_typed_placeholders(messages), allow_control_tokens)
-        stretches, features = self._fill_slots(stretches, _images_of(messages), image_settings, allow_control_tokens)
-        ends = list(accumulate(map(len, stretches)))
-        answers = list(zip(ends[::2], ends[1::2], strict=True))  # prompt and answer alternate
-        encoding = self._tokenize(["".join(stretches)], return_offsets_mapping=True)
+        texts = self._split_at_answers(hide_placeholders(messages), allow_control_tokens)
+        texts, features = self._fill_slots(texts, _images_of(messages), image_settings, allow_control_tokens)
+        ends = list(accumulate(map(len, texts)))
+        answers = list(zip(ends[::2], ends[1::2], strict=True))  # (start, end) of each answer, in characters
+        encoding = self._tokenize(["".join(texts)], return_offsets_mapping=True)
         [input_ids], [offsets] = encoding["input_ids"], encoding["offset_mapping"]
         labels = [
             token_id if any(start <= left < right <= end for start, end in answers) else IGNORE_INDEX
@@ -255,7 +252,7 @@ class NaViLProcessor(ProcessorMixin):
         return Conversation(torch.tensor(input_ids), torch.tensor(labels), images)
 
     def _split_at_answers(self, messages: Sequence[dict[str, Any]], allow_control_tokens: bool) -> list[str]:
-        """The text of a conversation, cut where an answer begins and behind the token that ends it."""
+        """The text of a conversation, split into prompts and answers: prompt, answer, prompt, answer, ..."""
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         is_whole = answers and answers[0] > 0 and answers[-1] == len(messages) - 1
         if not is_whole or _images_of([messages[index] for index in answers]):
@@ -263,24 +260,21 @@ class NaViLProcessor(ProcessorMixin):
                 f"training needs a question first and an answer last, and no image in answers; got {messages!r:.200}"
             )
         settings = {"allow_control_tokens": allow_control_tokens, "tokenize": False}
-        stretches, written = [], ""
-        for index in answers:
-            for end in (index, index + 1):
-                text = self.tokenizer.apply_chat_template(
-                    messages[:end], add_generation_prompt=end == index, **settings
-                )
-                if not text.startswith(written):
-                    raise ValueError("the chat template is not prefix-stable: a message changes the text before it")
-                stretches.append(text[len(written) :])
-                written = text
-        return stretches
+        texts, prefix = [], ""
+        for end, is_prompt in ((index + offset, offset == 0) for index in answers for offset in (0, 1)):
+            text = self.tokenizer.apply_chat_template(messages[:end], add_generation_prompt=is_prompt, **settings)
+            if not text.startswith(prefix):
+                raise ValueError("the chat template is not prefix-stable: a message changes the text before it")
+            texts.append(text[len(prefix) :])
+            prefix = text
+        return texts
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """The tokenizer's."""
+        """As the tokenizer's."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
-        """The tokenizer's."""
+        """As the tokenizer's."""
         return self.tokenizer.decode(*args, **kwargs)
 
     @property
@@ -289,7 +283,7 @@ class NaViLProcessor(ProcessorMixin):
 
 
 def split_settings(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Keywords of a processor, flat or in dicts as in transformers: the image processor's, the tokenizer's, others."""
+    """Splits keywords, flat or in dicts as in transformers, into the image processor's, the tokenizer's and others."""
     others = dict(keywords)
     others |= others.pop("common_kwargs", None) or {}
     image_settings = dict(others.pop("images_kwargs", None) or {})
@@ -300,7 +294,7 @@ def split_settings(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 
 def _images_in_order(images: Any, texts: Sequence[str]) -> list[Any]:
-    """All prompts' images; given as one list (or None) per prompt, they must be as many as that prompt's `<image>`."""
+    """All prompts' images, in order. If given per prompt, as a list or None each, their counts are checked."""
     if images is None:
         return []
     if isinstance(images, list | tuple):
@@ -313,7 +307,7 @@ def _images_in_order(images: Any, texts: Sequence[str]) -> list[Any]:
 
 
 def _images_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The image parts of messages of `list_conversations`, which the image processor takes as they are."""
+    """The image parts of messages of `list_conversations`, a form of image that the image processor reads."""
     return [part for message in messages for part in content_parts(message) if part["type"] == "image"]
 
 
@@ -321,7 +315,7 @@ def _images_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Conversation(NamedTuple):
-    """A conversation to train on: ids and labels (L,), -100 outside its answers, and its images' inputs, if any."""
+    """A training example: ids and labels (L,), -100 outside the answers, and the inputs of its images."""
 
     input_ids: Tensor
     labels: Tensor
@@ -329,7 +323,7 @@ class Conversation(NamedTuple):
 
 
 def fill_rows(conversations: Sequence[Conversation], row_length: int) -> list[list[Conversation]]:
-    """Puts each conversation into the first row that has room for it, of `row_length` tokens."""
+    """Packs conversations into rows of at most `row_length` tokens, each into the first row with enough room."""
     rows: list[list[Conversation]] = []
     for conversation in conversations:
         length = len(conversation.input_ids)
@@ -344,9 +338,11 @@ def fill_rows(conversations: Sequence[Conversation], row_length: int) -> list[li
 
 
 def join_rows(rows: Sequence[Sequence[Conversation]], pad_token_id: int) -> dict[str, Tensor]:
-    """Rows of conversations to `input_ids`, `labels`, `position_ids` and `sample_index` (B, L), and images' inputs.
+    """Concatenates each row's conversations and pads the rows on the right.
 
-    Rows are padded on the right, `sample_index` with -1.
+    Returns:
+        `input_ids`, `labels`, `position_ids` and `sample_index` (the conversation in its row, -1 for padding), (B, L)
+        each, and the images' inputs.
     """
 
     def pad(parts: Sequence[Sequence[Tensor]], value: int) -> Tensor:

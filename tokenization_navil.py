@@ -28,10 +28,11 @@ IMAGE_TOKENS = (
 """The 12 image tokens, in the row order of the released `special_token_embedding` table."""
 
 SLOT_TOKENS = (IMAGE_START_TOKEN, IMAGE_TOKEN, "<IMG_LINE_BREAK>", "<IMG_FRAME_BREAK>", "</img>", "<img_uncond>")
-"""Image tokens that only the package writes; the others mark grounded answers and are content."""
+"""Image tokens that only this package writes. The others (`<ref>`, `<box>`, `<quad>`) are grounding tokens, which texts
+may contain."""
 
 CONTROL_TOKENS = (*SLOT_TOKENS, "<|im_start|>", END_OF_TURN)
-"""Tokens that give a conversation its structure and so may not come from a message's text."""
+"""Tokens that structure a conversation and so may not come from a message's text."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -39,8 +40,8 @@ DEFAULT_SYSTEM_MESSAGE = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
 
-# Padding and truncation are settings of the Rust tokenizer: while one thread changes them, no other may use it. A child
-# process inherits the locks of Rust and Jinja as they are, so a process forks while no thread holds them.
+# Padding and truncation are state of the Rust tokenizer: while one thread changes them, no other may use it. A child
+# process inherits the locks of Rust and Jinja in their current state, so a fork waits until no thread holds them.
 _RUST_TOKENIZER = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -49,24 +50,23 @@ if hasattr(os, "register_at_fork"):
         after_in_child=_RUST_TOKENIZER.release,
     )
 
-# What the Rust tokenizer keeps of the last truncated or padded call, and transformers then takes for a setting.
+# The Rust tokenizer keeps these from the last truncated or padded call, and transformers reads them as settings.
 _CALL_SETTINGS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id")
 
-# What a template puts behind "assistant\n", in history and before a new answer.
+# The text between "assistant\n" and an answer, by the released name of the template.
 ASSISTANT_PREFIXES = {"internlm2-chat": "", "Hermes-2": "", "qwen3-chat": "<think>\n\n</think>\n\n"}
 
 
 def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE, begins_with_bos: bool = False) -> str:
     """The Jinja chat template of a released template name.
 
-    It reads `messages`, `add_generation_prompt` and `system_message`; `qwen3-chat` also `enable_thinking`, which leaves
-    the empty thoughts out of the generation prompt.
+    Its variables are `messages`, `add_generation_prompt` and `system_message`; in `qwen3-chat` also `enable_thinking`,
+    which drops the empty thoughts from the generation prompt.
 
     Args:
         template: `internlm2-chat`, `Hermes-2` or `qwen3-chat`.
-        system_message: the default of the variable of that name, said when a conversation does not begin with a system
-            message; may be empty.
-        begins_with_bos: whether the tokenizer puts its bos token in front of a text; the template then does.
+        system_message: default of the variable of that name, for a conversation without a system message; may be empty.
+        begins_with_bos: whether the tokenizer, and so the template, puts the bos token in front of a text.
 
     Raises:
         ValueError: an unknown template name.
@@ -93,20 +93,20 @@ def chat_template(template: str, system_message: str = DEFAULT_SYSTEM_MESSAGE, b
 
 
 def _without_system_message(template: str) -> str:
-    """What is the same in every `chat_template` of one name."""
+    """A `chat_template` without what differs between tokenizers: the bos token and the default system message."""
     return re.sub(r'default\("(?:[^"\\]|\\.)*"\)', "", template.removeprefix("{{- bos_token -}}"))
 
 
 @lru_cache
 def template_names(template: str) -> frozenset[str]:
-    """Every name in the expressions of a Jinja template but those of attributes: the variables that it can read."""
+    """The variables that a Jinja template can read: all names in its expressions except attributes."""
     tokens = [(kind, text) for _, kind, text in Environment().lex(template) if kind != "whitespace"]
     pairs = zip([("operator", ""), *tokens], tokens, strict=False)
     return frozenset(text for (_, before), (kind, text) in pairs if kind == "name" and before != ".")
 
 
 def image_slot(scales: Iterable[tuple[int, int]], cell: int) -> str:
-    """Text of one image: `<img>`, its scales row by row, `</img>`.
+    """The text that stands for one image in a prompt: `<img>`, its scales row by row, `</img>`.
 
     Args:
         scales: (height, width) of each frame of each scale.
@@ -125,19 +125,19 @@ def expand_image_slots(
     cell: int,
     allow_control_tokens: bool = False,
 ) -> list[str]:
-    """Puts the images' slots where the texts say `<image>`, in order over all texts.
+    """Replaces each `<image>` by an image's slot, in order over all texts.
 
     Args:
         texts: prompts with one `<image>` per image.
         images: scales of each image, as in `image_slot`.
         cell: side of a merged cell, in the unit of the scales.
-        allow_control_tokens: let slot tokens through that are in a text already.
+        allow_control_tokens: accept texts that contain slot tokens already.
 
     Returns:
-        The texts with slots, and with the `<image>` that `hide_typed_placeholders` hid.
+        The texts with slots, and with every `<image>` that `hide_placeholders` hid.
 
     Raises:
-        ValueError: the numbers of placeholders and images differ, or a slot token is in a text.
+        ValueError: the numbers of placeholders and images differ, or a text contains a slot token.
     """
     if not allow_control_tokens:
         for text in texts:
@@ -149,32 +149,31 @@ def expand_image_slots(
         )
     slots = iter([image_slot(scales, cell) for scales in images])
     filled = [re.sub(re.escape(IMAGE_PLACEHOLDER), lambda _: next(slots), text) for text in texts]
-    return [text.replace(_TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER) for text in filled]
+    return [text.replace(_HIDDEN_PLACEHOLDER, IMAGE_PLACEHOLDER) for text in filled]
 
 
-# Stands for an `<image>` that is typed in a message until the slots are filled: no text that can be tokenized.
-_TYPED_PLACEHOLDER = "<image\udfff>"
+# Stands for an `<image>` in a message's text until the slots are filled; no user's text has it, as it is not encodable.
+_HIDDEN_PLACEHOLDER = "<image\udfff>"
 
 
 def hide_placeholders(content: Any) -> Any:
-    """A text, or parts of `list_conversations`, with every `<image>` in a text hidden from `expand_image_slots`."""
-    if content is None or isinstance(content, str):
-        return content and content.replace(IMAGE_PLACEHOLDER, _TYPED_PLACEHOLDER)
-    return [{**part, "text": hide_placeholders(part["text"])} if "text" in part else part for part in content]
-
-
-def hide_typed_placeholders(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As `hide_placeholders`, in messages of `list_conversations`."""
-    return [{**message, "content": hide_placeholders(message["content"])} for message in messages]
+    """A text, or messages of `list_conversations`, with every `<image>` in a text hidden from `expand_image_slots`."""
+    if isinstance(content, str):
+        return content.replace(IMAGE_PLACEHOLDER, _HIDDEN_PLACEHOLDER)
+    if isinstance(content, list):
+        return [hide_placeholders(entry) for entry in content]
+    if isinstance(content, dict):
+        return content | {key: hide_placeholders(content[key]) for key in ("content", "text") if key in content}
+    return content
 
 
 def reject_tokens(text: str, tokens: Sequence[str]) -> None:
-    """Raises a ValueError when one of the tokens is typed in a text."""
+    """Raises a ValueError if a text contains one of the tokens."""
     found = [token for token in tokens if token in text]
     if found:
         raise ValueError(
             f"the text contains {', '.join(found)}, reserved for the model's own use: {text[:80]!r};"
-            " allow_control_tokens=True lets it through"
+            " allow_control_tokens=True allows it"
         )
 
 
@@ -182,12 +181,12 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
     """Fast tokenizer with the 12 image tokens, left padding and a chat template; threads may share it.
 
     Args:
-        tokenizer_file, tokenizer_object: a `tokenizer.json` or a `tokenizers.Tokenizer` that knows the image tokens.
-            Truncation and padding saved in it are dropped: they belong to a call.
-        template: released name of the chat template, used unless `chat_template` is given and not a released one.
+        tokenizer_file, tokenizer_object: a `tokenizer.json` or a `tokenizers.Tokenizer` with the image tokens.
+            Truncation and padding saved in it are dropped: they are settings of a call.
+        template: released name of the chat template; ignored if `chat_template` is given and not a released one.
         system_message: default system message of that template.
-        spaces_between_special_tokens: whether `decode` sets special tokens off by blanks, as InternLM2's
-            SentencePiece tokenizer does.
+        spaces_between_special_tokens: whether `decode` puts spaces around special tokens, as InternLM2's SentencePiece
+            tokenizer does.
 
     Raises:
         ValueError: an image token is missing, or the template's name is unknown.
@@ -230,7 +229,7 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         """As in transformers; `template` replaces the saved chat template.
 
         Raises:
-            ValueError: a `system_message` that the chat template does not read.
+            ValueError: a `system_message` for a chat template that does not use it.
         """
         if "template" in kwargs:
             kwargs.setdefault("chat_template", None)
@@ -241,7 +240,7 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def convert_to_native_format(cls, *, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """Constructor arguments: the whole `tokenizer.json`, where transformers 5 would take its vocabulary."""
+        """Keeps the whole `tokenizer.json`, of which transformers 5 would use the vocabulary alone."""
         return kwargs
 
     def _drop_call_settings(self) -> None:
@@ -250,8 +249,8 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         for name in _CALL_SETTINGS:
             self.init_kwargs.pop(name, None)
 
-    # Every use of the Rust tokenizer that changes its settings or releases the GIL goes through one of these methods.
-    # All encoding ends in `_batch_encode_plus` in transformers 4 and in `_encode_plus` in 5.
+    # All uses of the Rust tokenizer that change its state or release the GIL go through these methods: encoding ends in
+    # `_batch_encode_plus` in transformers 4 and in `_encode_plus` in 5.
 
     def _batch_encode_plus(self, batch_text_or_text_pairs: Any, *args: Any, **kwargs: Any) -> Any:
         check_encodable(batch_text_or_text_pairs)
@@ -284,19 +283,18 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         continue_final_message: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers; a message's text may not contain a special token unless `allow_control_tokens`.
-
-        The marks of a grounded answer (`<ref>`, `<box>`, `<quad>` and their ends) are content and always allowed.
+        """As in transformers, but special tokens in a message's text are refused: they would forge a turn or an image.
 
         Args:
             conversation: messages, or a batch of conversations; see `list_conversations`.
-            system_message: said when a conversation does not begin with a system message; None means the tokenizer's.
+            system_message: for conversations without a system message; None means the tokenizer's.
+            allow_control_tokens: accept special tokens in texts; grounding tokens (`<ref>`, `<box>`, `<quad>` and their
+                ends) are always accepted.
             kwargs: the other keywords of transformers, and variables of the template.
 
         Raises:
-            ValueError: no message, an unknown role or kind of content, a special token typed in a message, which
-                would forge a turn or an image slot, a variable that the template does not read, or a final message to
-                continue that is blank or cannot be told from the end of its turn.
+            ValueError: no message, an unknown role or kind of content, a special token in a message, a variable that
+                the template does not use, or a final message to continue that is blank or a part of `<|im_end|>`.
         """
         conversations = list_conversations(conversation)
         if not allow_control_tokens:
@@ -320,7 +318,7 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
             return super().apply_chat_template(conversation, tools, documents, chat_template, *args, **kwargs)
 
     def _reserved_tokens(self) -> list[str]:
-        """Every special token of the vocabulary but the marks of a grounded answer."""
+        """All special tokens of the vocabulary except grounding tokens."""
         special = {token.content for token in self.added_tokens_decoder.values() if token.special}
         special |= {*CONTROL_TOKENS, *self.all_special_tokens}
         return sorted(special - (set(IMAGE_TOKENS) - set(SLOT_TOKENS)))
@@ -332,7 +330,7 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         with _RUST_TOKENIZER:
             if skip_special_tokens or not is_spaced:
                 return super()._decode(token_ids, skip_special_tokens, **kwargs)
-            # The document marks (<s>, </s>, <unk>) take a blank in front, all other special tokens one on either side.
+            # <s>, </s> and <unk> have a space in front, all other special tokens one on either side.
             marks = {self.bos_token_id, self.eos_token_id, self.unk_token_id}
             kinds = dict.fromkeys(self.all_special_ids, "special") | dict.fromkeys(marks, "mark")
             text, before = "", ""
@@ -346,23 +344,21 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         return text
 
 
+# Common variables of chat templates.
 _VARIABLES = ("tools", "documents", "enable_thinking", "system_message")
 _KEYWORDS = inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
 
 
 def check_keywords(keywords: dict[str, Any], known: Collection[str], kind: str) -> None:
-    """Raises a ValueError for keywords that are not known; those that are None ask for nothing.
-
-    Nor does a usual variable of templates that is False or empty, where the template does not have it.
-    """
-    asked = {name: value for name, value in keywords.items() if value or value is not None and name not in _VARIABLES}
-    unknown = [f"{name}={value!r:.40}" for name, value in asked.items() if name not in known]
+    """Raises a ValueError for unknown keywords, except None, and `_VARIABLES` that are False or empty."""
+    given = {name: value for name, value in keywords.items() if value or value is not None and name not in _VARIABLES}
+    unknown = [f"{name}={value!r:.40}" for name, value in given.items() if name not in known]
     if unknown:
         raise ValueError(f"unknown keyword {', '.join(unknown)}: not {kind}")
 
 
 def check_encodable(texts: Any) -> None:
-    """Raises a UnicodeEncodeError, which is a ValueError, for a text with a lone surrogate, as broken JSON has."""
+    """Raises a UnicodeEncodeError (a ValueError) for a text with a lone surrogate, as from malformed JSON."""
     if isinstance(texts, str):
         texts.encode()
     elif _is_list(texts):
@@ -371,14 +367,14 @@ def check_encodable(texts: Any) -> None:
 
 
 def list_conversations(conversation: Any) -> list[list[dict[str, Any]]]:
-    """A conversation, or a batch of them, as a list of conversations in one form, which every chat template can read.
+    """A conversation, or a batch of them, as a list of conversations in a form that all chat templates understand.
 
     A message's content is a text or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", ...}` with
     `image`, `path`, `url`, `base64` or `bytes`, or OpenAI's `{"type": "image_url", "image_url": ...}`, which becomes an
-    image part. Keys that are None, as Arrow fills them in, are dropped.
+    image part. Entries that are None, as Arrow adds them, are dropped.
 
     Raises:
-        ValueError: no message, an unknown role, something else than messages, or content of another kind.
+        ValueError: no message, an unknown role, or content of another kind.
     """
     batch = conversation if _is_list(conversation) and conversation and _is_list(conversation[0]) else [conversation]
     for messages in batch:
@@ -388,7 +384,7 @@ def list_conversations(conversation: Any) -> list[list[dict[str, Any]]]:
 
 
 def _read_message(message: Any) -> dict[str, Any]:
-    given = _given(message)
+    given = _drop_none(message)
     if given.get("role") not in ROLES:
         raise ValueError(f"a message is a dict whose role must be one of {ROLES}, got {message!r:.80}")
     content = given.get("content")
@@ -398,7 +394,7 @@ def _read_message(message: Any) -> dict[str, Any]:
 
 
 def _read_part(part: Any) -> dict[str, Any]:
-    given = _given(part)
+    given = _drop_none(part)
     kind = given.get("type")
     if kind == "text" and isinstance(given.get("text"), str):
         return given
@@ -407,7 +403,7 @@ def _read_part(part: Any) -> dict[str, Any]:
     return {**given, "type": "image"}
 
 
-def _given(entries: Any) -> dict[str, Any]:
+def _drop_none(entries: Any) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if value is not None} if isinstance(entries, dict) else {}
 
 
@@ -422,7 +418,7 @@ def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check_continuable(message: dict[str, Any]) -> None:
-    """transformers finds where to stop by searching the prompt for the message's last text."""
+    """Raises a ValueError for a text that transformers, which searches the prompt for it, would find elsewhere."""
     *_, text = ["", *(part["text"] for part in content_parts(message) if part["type"] == "text")]
     if (text.lstrip() + END_OF_TURN).rindex(text.strip()):
         raise ValueError(f"a message cannot be continued if its text is blank or part of {END_OF_TURN}: {text!r:.80}")

@@ -1,8 +1,7 @@
-"""Plain ways to do what the package does, and transformers' own models of the same size, to be timed beside it."""
+"""What the benchmarks compare with: simpler implementations, and transformers' own models of equal size."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -14,23 +13,26 @@ from transformers import Qwen2VLImageProcessor, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from navil import configuration_navil as configuration
-from navil import image_processing_navil as image_processing
-from navil import modeling_navil as modeling
+from navil import modeling_navil
+from navil.configuration_navil import NaViLConfig, NaViLTextConfig
+from navil.image_processing_navil import NaViLImageProcessor
+from navil.modeling_navil import ModalityOrder, Segments
+
+from .workloads import on_device
+
+# -- Images ------------------------------------------------------------------------------------------------------------
 
 
-def resized_scales(processor: image_processing.NaViLImageProcessor, image: Image.Image) -> list[Image.Image]:
-    """A picture at all its scales, by Pillow in one thread: what cannot be spared if the bytes are to be the same."""
-    cell = processor.patch_size * processor.merge_size
-    budget = (processor.min_pixels, processor.max_pixels, processor.scale_downsample_ratio)
-    sizes = image_processing.plan_scales(image.height, image.width, cell, *budget)
-    return [image.resize((width, height), Image.Resampling.BICUBIC) for height, width in sizes]
+def resized_scales(processor: NaViLImageProcessor, image: Image.Image) -> list[Image.Image]:
+    """An image at all its scales, by Pillow in one thread: the cost that identical bytes cannot avoid."""
+    [plan] = processor.plan(image, multi_scale=True)
+    return [image.resize((width, height), Image.Resampling.BICUBIC) for height, width in plan.scales]
 
 
-def stock_image_processing(processor: image_processing.NaViLImageProcessor, image: Image.Image) -> np.ndarray:
-    """Multi-scale patches of a picture, scale by scale, by transformers' Qwen2-VL helpers."""
-    cell = processor.patch_size * processor.merge_size
-    stock = Qwen2VLImageProcessor(
+def qwen2_vl_patches(processor: NaViLImageProcessor, image: Image.Image) -> np.ndarray:
+    """Multi-scale patches (N, 3*p*p) of an image, scale by scale, by transformers' Qwen2-VL image processor."""
+    cell = processor.cell
+    qwen = Qwen2VLImageProcessor(
         patch_size=processor.patch_size,
         merge_size=processor.merge_size,
         temporal_patch_size=1,
@@ -42,39 +44,62 @@ def stock_image_processing(processor: image_processing.NaViLImageProcessor, imag
     for resized in resized_scales(processor, image):
         padded = Image.new("RGB", tuple(-(-side // cell) * cell for side in resized.size))
         padded.paste(resized)
-        scales.append(stock.preprocess(padded, return_tensors="np")["pixel_values"])
+        scales.append(qwen.preprocess(padded, return_tensors="np")["pixel_values"])
     return np.concatenate(scales)
 
 
-def _dense_inputs(query: Tensor, key: Tensor, value: Tensor, segments: Any) -> tuple[list[Tensor], Tensor]:
-    """(1, H, N, E) query, key and value, and the (N, N) mask of the pairs in one segment."""
-    places = torch.arange(len(query), device=query.device)
-    segment = torch.searchsorted(segments.offsets, places, right=True)
+# -- Vision encoder ----------------------------------------------------------------------------------------------------
+
+
+def _dense_inputs(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[list[Tensor], Tensor]:
+    """(1, H, N, E) query, key and value, and the (N, N) mask of pairs within one segment."""
+    positions = torch.arange(len(query), device=query.device)
+    segment = torch.searchsorted(segments.offsets, positions, right=True)
     return [x.transpose(0, 1)[None] for x in (query, key, value)], segment[:, None] == segment
 
 
-def dense_mask_fused(query: Tensor, key: Tensor, value: Tensor, segments: Any, scaling: float) -> Tensor:
-    """Attention inside segments by one N x N mask over all packed patches; query, key, value and result (N, H, E)."""
+def dense_mask_sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+    """Attention within segments by one N x N mask over all packed patches; query, key, value and result (N, H, E)."""
     heads, mask = _dense_inputs(query, key, value, segments)
     return F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scaling)[0].transpose(0, 1)
 
 
-def dense_mask_equations(query: Tensor, key: Tensor, value: Tensor, segments: Any, scaling: float) -> Tensor:
-    """As `dense_mask_fused`, one equation after the other: weights of every head and pair are held in memory."""
+def dense_mask_eager(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+    """As `dense_mask_sdpa`, from the definition: the attention weights of all heads and pairs are held in memory."""
     (query, key, value), mask = _dense_inputs(query, key, value, segments)
     weights = (query @ key.transpose(-1, -2) * scaling).masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return (weights @ value)[0].transpose(0, 1)
 
 
 @contextmanager
-def dense_mask(attend: Callable[..., Tensor] = dense_mask_fused) -> Iterator[None]:
-    """Inside, the vision encoder attends by one mask over all packed patches."""
-    with mock.patch.object(modeling, "segment_attention_function", lambda *_: attend):
+def dense_mask(attend: Callable[..., Tensor] = dense_mask_sdpa) -> Iterator[None]:
+    """A context in which the vision encoder attends by one mask over all packed patches."""
+    with mock.patch.object(modeling_navil, "segment_attention_function", lambda *_: attend):
         yield
 
 
-class BothExperts(modeling.ModalityOrder):
-    """Both experts on every token, and the mask picks from the two results."""
+def qwen_vision(config: NaViLConfig, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """Qwen2.5-VL's vision transformer with as many parameters; every block attends over whole images."""
+    vision = config.vision_config
+    qwen = Qwen2_5_VLVisionConfig(
+        depth=vision.num_hidden_layers,
+        hidden_size=vision.hidden_size,
+        intermediate_size=2 * vision.intermediate_size // 3,  # its MLP has three matrices, NaViL's two
+        num_heads=vision.num_attention_heads,
+        patch_size=vision.patch_size,
+        temporal_patch_size=1,
+        spatial_merge_size=vision.spatial_merge_size,
+        out_hidden_size=config.text_config.hidden_size,
+        fullatt_block_indexes=list(range(vision.num_hidden_layers)),
+    )
+    return on_device(lambda: Qwen2_5_VisionTransformerPretrainedModel._from_config(qwen, torch_dtype=dtype), device)
+
+
+# -- Decoder -----------------------------------------------------------------------------------------------------------
+
+
+class BothExperts(ModalityOrder):
+    """Runs both experts on every token and selects a result for each by the mask."""
 
     @classmethod
     def build(cls, batch_shape: tuple[int, int], visual_mask: Tensor | None) -> "BothExperts":
@@ -93,12 +118,12 @@ class BothExperts(modeling.ModalityOrder):
 
 @contextmanager
 def both_experts() -> Iterator[None]:
-    """Inside, the decoder runs both experts on every token."""
-    with mock.patch.object(modeling, "ModalityOrder", BothExperts):
+    """A context in which the decoder runs both experts on every token."""
+    with mock.patch.object(modeling_navil, "ModalityOrder", BothExperts):
         yield
 
 
-def plain_llm(config: configuration.NaViLTextConfig, device: torch.device, dtype: torch.dtype) -> Qwen3ForCausalLM:
+def plain_llm(config: NaViLTextConfig, device: torch.device, dtype: torch.dtype) -> Qwen3ForCausalLM:
     """Qwen3 of the size of one modality's experts, with random weights."""
     sizes = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -106,25 +131,3 @@ def plain_llm(config: configuration.NaViLTextConfig, device: torch.device, dtype
     ).split()
     qwen3 = Qwen3Config(**{name: getattr(config, name) for name in sizes}, tie_word_embeddings=False)
     return on_device(lambda: Qwen3ForCausalLM._from_config(qwen3, torch_dtype=dtype), device)
-
-
-def qwen_vision(config: configuration.NaViLConfig, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """Qwen2.5-VL's vision transformer with as many parameters, every block over whole images."""
-    vision = config.vision_config
-    qwen = Qwen2_5_VLVisionConfig(
-        depth=vision.num_hidden_layers,
-        hidden_size=vision.hidden_size,
-        intermediate_size=2 * vision.intermediate_size // 3,  # it has three matrices where NaViL has two
-        num_heads=vision.num_attention_heads,
-        patch_size=vision.patch_size,
-        temporal_patch_size=1,
-        spatial_merge_size=vision.spatial_merge_size,
-        out_hidden_size=config.text_config.hidden_size,
-        fullatt_block_indexes=list(range(vision.num_hidden_layers)),
-    )
-    return on_device(lambda: Qwen2_5_VisionTransformerPretrainedModel._from_config(qwen, torch_dtype=dtype), device)
-
-
-def on_device(build: Callable[[], torch.nn.Module], device: torch.device) -> torch.nn.Module:
-    with torch.device(device):
-        return build().eval()

@@ -1,122 +1,146 @@
-"""Peak memory of loading and of the vision encoder, beside the least that they need.
+"""Peak memory of loading, of the vision encoder, and of reading large images, next to the theoretical minimum.
 
     python -m benchmarks.memory --size small
+    python -m benchmarks.memory --part images
 
-Every measurement is a process of its own: the peak of what the operating system gave it (on a GPU: of what torch
-allocated), less what it held before. `weights` are what the model's parameters take; `floor` of a forward is the
-widest layer in flight: the patches, the residual stream, and the input and output of one activation function.
+Each measurement runs in a fresh process (Linux). A peak is resident memory (on a GPU: what torch allocated) above what
+the process held before. The minimum is the weights for loading, the widest layer for the encoder, the patches for
+images.
 """
 
 import argparse
-import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from navil import modeling_navil as modeling
+from navil.image_processing_navil import NaViLImageProcessor
+from navil.modeling_navil import NaViLForConditionalGeneration
 
 from . import baselines
-from .run import SIZES, vision_only
+from .roofline import vision_activation_bytes
+from .workloads import Setup, add_setup_options, vision_only
 
 MIB = 2**20
+CPU = torch.device("cpu")
+DENSE_MASK_LIMIT = 90  # patches a side; the mask of more takes gigabytes
+IMAGES = {
+    # name: (mode, size, file format); far above any pixel budget
+    "JPEG 20000 x 20000 gray": ("L", (20_000, 20_000), "JPEG"),
+    "PNG 20000 x 20000 gray": ("L", (20_000, 20_000), "PNG"),
+    "JPEG 8000 x 6000 RGB": ("RGB", (8_000, 6_000), "JPEG"),
+    "PNG 8000 x 6000 RGBA": ("RGBA", (8_000, 6_000), "PNG"),
+    "PNG 2500 x 2500 RGB": ("RGB", (2_500, 2_500), "PNG"),
+}
+PIXEL_BUDGETS = (65_536, 1_048_576, 6_291_456)
 
 
 class Peak:
-    """Most memory held since this object was made, in MiB over what was held then. On a CPU: needs Linux's /proc."""
+    """The most memory held since this object was made, in MiB above what was held then."""
 
     def __init__(self, device: torch.device):
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            self.start = torch.cuda.memory_allocated(device)
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-            self.start = self._highest()
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is held now
+        self.start = self._peak_bytes()
 
-    def _highest(self) -> int:
+    def _peak_bytes(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
         return 1024 * int(line.split()[1])
 
     def mib(self) -> float:
-        return (self._highest() - self.start) / MIB
+        return (self._peak_bytes() - self.start) / MIB
 
 
-def measure_loading(folder: Path, device: torch.device) -> dict[str, float]:
+def in_fresh_process(measure: Callable[..., tuple[float, float]], *arguments: object) -> tuple[float, float]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+# -- Measurements: minimum and peak, in MiB ----------------------------------------------------------------------------
+
+
+def measure_loading(folder: str, device: torch.device) -> tuple[float, float]:
     peak = Peak(device)
-    model = modeling.NaViLForConditionalGeneration.from_pretrained(folder, torch_dtype="auto", device_map=str(device))
+    model = NaViLForConditionalGeneration.from_pretrained(folder, torch_dtype="auto", device_map=str(device))
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    sum(parameter.sum() for parameter in model.parameters())  # pages of a mapped file count when they are read
-    return {"weights": weights / MIB, "peak": peak.mib()}
+    sum(parameter.sum() for parameter in model.parameters())  # pages of a memory-mapped file count once they are read
+    return weights / MIB, peak.mib()
 
 
-def measure_forward(size: str, patches: int, dense: bool, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """One square picture at one scale, of `patches` patches."""
-    config = vision_only(SIZES[size]())
-    model = baselines.on_device(
-        lambda: modeling.NaViLForConditionalGeneration._from_config(config, torch_dtype=dtype), device
-    )
-    side = 2 * round(patches**0.5 / 2)
-    vision = config.vision_config
-    pixels = torch.zeros(side**2, vision.patch_dim, device=device, dtype=dtype)
-    grid = torch.tensor([[1, side, side]], device=device)
-    peak = Peak(device)
-    with torch.no_grad(), baselines.dense_mask() if dense else nullcontext():
+@torch.no_grad()
+def measure_vision(setup: Setup, side: int, dense: bool) -> tuple[float, float]:
+    """One square image at one scale; `side` is in patches and even."""
+    model = setup.build(vision_only(setup.config))
+    pixels = torch.zeros(side**2, setup.config.vision_config.patch_dim, device=setup.device, dtype=setup.dtype)
+    grid = torch.tensor([[1, side, side]], device=setup.device)
+    peak = Peak(setup.device)
+    with baselines.dense_mask() if dense else nullcontext():
         model.get_image_features(pixels, grid)
-    floor = side**2 * (vision.patch_dim + vision.hidden_size + 2 * vision.intermediate_size) * dtype.itemsize
-    return {"patches": side**2, "floor": floor / MIB, "peak": peak.mib() + pixels.nbytes / MIB}
+    minimum = vision_activation_bytes(setup.config, side**2, setup.dtype)
+    return minimum / MIB, peak.mib() + pixels.nbytes / MIB
 
 
-def in_a_fresh_process(*arguments: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(finished.stdout.splitlines()[-1])
+def measure_image(path: str, max_pixels: int) -> tuple[float, float]:
+    """Reads an image of any size: Pillow's decompression-bomb guard is off."""
+    Image.MAX_IMAGE_PIXELS = None
+    Image.init()
+    peak = Peak(CPU)
+    features = NaViLImageProcessor(multi_scale=True)(path, min_pixels=PIXEL_BUDGETS[0], max_pixels=max_pixels)
+    return features["pixel_values"].nbytes / MIB, peak.mib()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Peak memory of loading and of the vision encoder.",
-        epilog="example: python -m benchmarks.memory --size small --patches 1536 6144 24576",
-    )
-    parser.add_argument("--size", choices=SIZES, default="small", help="(%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(%(default)s)")
-    parser.add_argument("--patches", type=int, nargs="+", default=[1536, 6144, 24576], help="(%(default)s)")
-    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--forward", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--dense", action="store_true", help=argparse.SUPPRESS)
-    return parser
+# -- Tables ------------------------------------------------------------------------------------------------------------
+
+
+def model_rows(setup: Setup, sides: Sequence[int]) -> Iterator[tuple[str, float, float]]:
+    """Label, minimum and peak of loading and of the vision encoder."""
+    with tempfile.TemporaryDirectory() as folder:
+        setup.build(setup.config).save_pretrained(folder)
+        yield ("loading", *in_fresh_process(measure_loading, folder, setup.device))
+    for side in sides:
+        label = f"vision, {side}x{side} patches"
+        yield (label, *in_fresh_process(measure_vision, setup, side, False))
+        if side <= DENSE_MASK_LIMIT:
+            yield (f"{label}, dense mask", *in_fresh_process(measure_vision, setup, side, True))
+
+
+def image_rows() -> Iterator[tuple[str, float, float]]:
+    """Label, minimum and peak of the image processor on large images."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image"
+        for name, (mode, size, file_format) in IMAGES.items():
+            Image.new(mode, size, 90).save(path, file_format)
+            for max_pixels in PIXEL_BUDGETS:
+                yield (f"{name}, max_pixels {max_pixels}", *in_fresh_process(measure_image, str(path), max_pixels))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    if options.load:
-        print(json.dumps(measure_loading(options.load, device)))
-        return 0
-    if options.forward:
-        print(json.dumps(measure_forward(options.size, options.forward, options.dense, device, dtype)))
-        return 0
-    settings = ["--size", options.size, "--device", options.device, "--dtype", options.dtype]
-    print("| what | least, MiB | peak, MiB | dense mask, peak, MiB |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        modeling.NaViLForConditionalGeneration._from_config(SIZES[options.size](), torch_dtype=dtype).save_pretrained(
-            folder
-        )
-        loaded = in_a_fresh_process("--load", folder, *settings)
-    print(f"| loading | {loaded['weights']:.0f} | {loaded['peak']:.0f} | - |")
-    for patches in options.patches:
-        ours = in_a_fresh_process("--forward", str(patches), *settings)
-        dense = "-"
-        if patches <= 8192:
-            dense = f"{in_a_fresh_process('--forward', str(patches), '--dense', *settings)['peak']:.0f}"
-        print(f"| {ours['patches']} patches | {ours['floor']:.0f} | {ours['peak']:.0f} | {dense} |", flush=True)
+    parser = argparse.ArgumentParser(
+        description="Measure the peak memory of loading, of the vision encoder, and of reading large images.",
+        epilog="example: python -m benchmarks.memory --size small --part model --sides 40 78",
+    )
+    add_setup_options(parser)
+    parser.add_argument("--part", choices=("model", "images"), action="append", help="one part only; repeatable")
+    parser.add_argument(
+        "--sides", type=int, nargs="+", default=[40, 78, 156], help="of square images, in patches, even (%(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    setup, parts = Setup.from_options(options), options.part or ("model", "images")
+    print("| measured | minimum, MiB | peak, MiB |\n|---|---|---|")
+    for part in parts:
+        for label, minimum, peak in model_rows(setup, options.sides) if part == "model" else image_rows():
+            print(f"| {label} | {minimum:.0f} | {peak:.0f} |", flush=True)
     return 0
 
 

@@ -1,55 +1,57 @@
-"""What weight-only quantization of the decoder costs: a table of logit KL and held-out answers.
+"""What weight-only quantization of the decoder costs: KL divergence of the logits, and held-out answers.
 
     python -m benchmarks.quantization tiny --count 24
 
-The decoder's linear layers are quantized by torchao on loading; the vision encoder, the connector and the output head
-are left alone. KL is that of the next-token distributions, full precision against quantized, in nats per label of the
-held-out answers; `answers` are right answers at the difficulty of the model's own dials.json.
+torchao quantizes the decoder's linear layers on loading; vision encoder, connector and output head stay in full
+precision. The KL divergence compares next-token distributions, full precision against quantized, in nats per label of
+the held-out answers.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torchao.core.config import AOBaseConfig
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
 from tqdm import tqdm
-from transformers import TorchAoConfig
+from transformers import BatchFeature, TorchAoConfig
 
-from navil import modeling_navil as modeling
-from recipes import data, evaluate
-from recipes.blueprint import load
+from navil.modeling_navil import NaViLForConditionalGeneration
+from navil.processing_navil import IGNORE_INDEX, NaViLProcessor
+from recipes.evaluate import answer_all, grade, held_out
+from recipes.model import load
+from recipes.packing import messages
 from recipes.tasks import TASKS, Sample
 
-KEPT = ("vision_model", "connector", "lm_head")
-"""Modules that stay in full precision."""
+FULL_PRECISION = ("vision_model", "connector", "lm_head")
+"""Modules that are not quantized."""
 
-SCHEMES: dict[str, Callable[[int], Any]] = {
-    "int8": lambda group: Int8WeightOnlyConfig(),  # a scale per output channel
+SCHEMES: dict[str, Callable[[int], AOBaseConfig]] = {
+    "int8": lambda group: Int8WeightOnlyConfig(),  # one scale per output channel
     "int4": lambda group: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group)),
 }
 
 
-def load_quantized(folder: Path, scheme: str, group: int) -> nn.Module:
-    config = TorchAoConfig(SCHEMES[scheme](group), modules_to_not_convert=list(KEPT))
-    return modeling.NaViLForConditionalGeneration.from_pretrained(folder, quantization_config=config).eval()
+def load_quantized(folder: Path, scheme: str, group: int) -> NaViLForConditionalGeneration:
+    config = TorchAoConfig(SCHEMES[scheme](group), modules_to_not_convert=list(FULL_PRECISION))
+    return NaViLForConditionalGeneration.from_pretrained(folder, quantization_config=config).eval()
 
 
 @torch.no_grad()
-def answer_log_probabilities(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """(labels, vocabulary) of the positions that predict an answer's tokens."""
-    targets = ("labels", "loss_weight", "task_index", "cell_labels", "cell_numbers")
-    inputs = {name: batch[name] for name in batch if name not in targets}
+def answer_log_probabilities(model: NaViLForConditionalGeneration, batch: BatchFeature) -> Tensor:
+    """(labels, vocabulary) at the positions that predict a label."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     logits = model(**inputs, use_cache=False).logits[:, :-1]
-    return logits[data.answer_index(batch["labels"][:, 1:]) >= 0].float().log_softmax(-1)
+    return logits[batch["labels"][:, 1:] != IGNORE_INDEX].float().log_softmax(-1)
 
 
-def mean_kl(exact: nn.Module, quantized: nn.Module, batches: Sequence[dict[str, Tensor]]) -> float:
+def mean_kl(
+    exact: NaViLForConditionalGeneration, quantized: NaViLForConditionalGeneration, batches: Iterable[BatchFeature]
+) -> float:
     """Nats per label."""
     divergences = []
     for batch in tqdm(batches, desc="KL", disable=None):
@@ -58,14 +60,16 @@ def mean_kl(exact: nn.Module, quantized: nn.Module, batches: Sequence[dict[str, 
     return torch.cat(divergences).mean().item()
 
 
-def right_answers(model: nn.Module, processor: Any, samples: dict[str, list[Sample]], title: str) -> tuple[int, int]:
-    """How many answers are right, of how many."""
+def correct_answers(
+    model: NaViLForConditionalGeneration, processor: NaViLProcessor, samples: dict[str, list[Sample]], title: str
+) -> str:
+    """How many answers are correct, of how many."""
     marked = [
-        right
+        is_correct
         for task, drawn in samples.items()
-        for _, right in evaluate.marks(drawn, evaluate.answer_all(model, processor, drawn, f"{title}, {task}"))
+        for _, is_correct in grade(drawn, answer_all(model, processor, drawn, f"{title}, {task}"))
     ]
-    return sum(marked), len(marked)
+    return f"{sum(marked)} of {len(marked)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,24 +77,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Measure what weight-only int8 and int4 of the decoder cost (needs torchao).",
         epilog="example: python -m benchmarks.quantization tiny --count 24",
     )
-    parser.add_argument("model", type=Path, help="folder of a model that the recipe trained, with its dials.json")
+    parser.add_argument("model", type=Path, help="folder of a model that the recipe trained")
     parser.add_argument("--count", type=int, default=24, help="held-out samples per task (%(default)s)")
+    parser.add_argument("--difficulty", type=float, default=1.0, help="of the samples, 0 to 1 (%(default)s)")
     parser.add_argument("--group", type=int, default=32, help="weights that share an int4 scale (%(default)s)")
     options = parser.parse_args(arguments)
     exact, processor = load(options.model)
     exact.eval()
-    difficulty = json.loads((options.model / "dials.json").read_text())["difficulty"]
-    samples = {task: evaluate.held_out(task, options.count, difficulty[task]) for task in TASKS}
-    pad_id = processor.tokenizer.pad_token_id
-    batches = [data.pack([[data.encode(sample, processor)]], pad_id) for drawn in samples.values() for sample in drawn]
-    right, questions = right_answers(exact, processor, samples, "exact")
-    lines = ["| weights | KL, nats per label | right answers |", "|---|---|---|"]
-    lines.append(f"| {str(exact.dtype).removeprefix('torch.')} | - | {right} of {questions} |")
+    samples = {task: held_out(task, options.count, options.difficulty) for task in TASKS}
+    batches = [
+        processor.training_batch([{"messages": messages(sample.turns, sample.images)}])
+        for drawn in samples.values()
+        for sample in drawn
+    ]
+    lines = ["| weights | KL, nats per label | correct answers |", "|---|---|---|"]
+    lines.append(f"| float32 | - | {correct_answers(exact, processor, samples, 'exact')} |")
     for scheme in SCHEMES:
         quantized = load_quantized(options.model, scheme, options.group)
         kl = mean_kl(exact, quantized, batches)
-        right, _ = right_answers(quantized, processor, samples, scheme)
-        lines.append(f"| {scheme} | {kl:.6f} | {right} of {questions} |")
+        lines.append(f"| {scheme} | {kl:.6f} | {correct_answers(quantized, processor, samples, scheme)} |")
     print("\n".join(lines))
     return 0
 

@@ -68,11 +68,6 @@ def check_supported(config: JSON, supported: Mapping[str, Sequence[Any]]) -> Non
             raise ValueError(f"{name}={value!r} cannot be converted, only {' or '.join(map(repr, supported[name]))}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From the released layout
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def convert_config(source: JSON, tokenizer: NaViLTokenizer) -> NaViLConfig:
     """A released `config.json` -> `NaViLConfig` with an untied output head. `released_config` is the way back.
 
@@ -142,11 +137,6 @@ def token_ids(tokenizer: NaViLTokenizer) -> dict[str, int | None]:
         "eos_token_id": tokenizer.convert_tokens_to_ids(END_OF_TURN),
         "pad_token_id": tokenizer.pad_token_id,
     }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From a text LLM
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def with_defaults(source: JSON) -> JSON:
@@ -221,11 +211,6 @@ def parse_vision_size(text: str, llm_parameters: int) -> tuple[int, int]:
         if parameters >= 1e6:
             return vision_shape(round(parameters))
     raise ValueError(f"--vision-size must be auto, a size from 1M like 600M or 1.2B, or DEPTHxWIDTH; got {text!r}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# To the released layout
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def released_backbone(config: NaViLConfig) -> str:

@@ -87,11 +87,6 @@ def model_shapes(model: NaViLForConditionalGeneration) -> dict[str, Shape]:
     return shapes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rules
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def keep(*tensors: Tensor) -> Sequence[Tensor]:
     return tensors
 
@@ -220,11 +215,6 @@ def grown_rule(targets: Mapping[str, Shape], source: str, rows: int) -> Rule:
         return [torch.cat([table, mean.to(table.dtype).expand(new_rows - rows, -1)])]
 
     return Rule(targets, {source: (rows, width)}, grow)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Layouts
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def drop_tied_head(tensors: Tensors, embedding: str, head: str) -> None:

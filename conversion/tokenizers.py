@@ -30,11 +30,6 @@ class SourceTokenizer:
     spaces_between_special_tokens: bool = False
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# To a NaViLTokenizer
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def convert_tokenizer(source: Path, template: str | None = None, system_message: str | None = None) -> NaViLTokenizer:
     """The tokenizer of a released folder.
 
@@ -92,11 +87,6 @@ def check_ids(tokenizer: NaViLTokenizer, rows: int) -> None:
     outside = [f"{token} is {token_id}" for token, token_id in tokenizer.get_vocab().items() if token_id >= rows]
     if outside:
         raise ValueError(f"token ids outside the {rows} rows of the embedding: {preview(outside)}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_tokenizer(source: Path) -> SourceTokenizer:
@@ -239,11 +229,6 @@ def sentencepiece_merges(scores: dict[str, float]) -> list[tuple[str, str]]:
             if left in scores and right in scores:
                 merges.append((-score, -cut, left, right))
     return [(left, right) for _, _, left, right in sorted(merges)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# To the released layout
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def begins_with_bos(tokenizer: NaViLTokenizer) -> bool:

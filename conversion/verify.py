@@ -84,18 +84,18 @@ def verify(
     """
     config, (file_sums, tensor_sums) = read_config(folder), checksums_of(folder)
     findings = [
-        *run(FILE_CHECKS, check_files(folder, file_sums)),
-        *run(TENSOR_CHECKS, check_tensors(config, folder, tensor_sums)),
-        *run(COMPANION_CHECKS, check_companions(config, folder)),
+        *run_checks(FILE_CHECKS, check_files(folder, file_sums)),
+        *run_checks(TENSOR_CHECKS, check_tensors(config, folder, tensor_sums)),
+        *run_checks(COMPANION_CHECKS, check_companions(config, folder)),
     ]
     checks = LOADED_CHECKS if against is None else PICTURE_CHECKS if source_kind(against) else TEXT_CHECKS
     if not all(finding.is_ok for finding in findings):
-        return [*findings, *run(checks, iter(()))]
+        return [*findings, *run_checks(checks, iter(()))]
     source = None if against is None else read_source(against, config, folder, allow_pickle)
-    return [*findings, *run(checks, check_use(folder, source, max_kl))]
+    return [*findings, *run_checks(checks, check_use(folder, source, max_kl))]
 
 
-def run(checks: Sequence[str], findings: Iterator[Finding]) -> Iterator[Finding]:
+def run_checks(checks: Sequence[str], findings: Iterator[Finding]) -> Iterator[Finding]:
     """The findings of some checks. An exception is a failure of the check that raised it; the rest is skipped."""
     waiting = list(checks)
     try:
@@ -111,11 +111,6 @@ def conclude(check: str, result: str, **problems: Collection[str]) -> Finding:
     """A finding that passes unless there are problems; they are named, by kind."""
     found = describe_problems(problems)
     return Finding(check, found, "FAILED") if found else Finding(check, result)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The folder alone
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def checksums_of(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
@@ -209,11 +204,6 @@ def differences(actual: object, expected: Mapping[str, Any]) -> list[str]:
     """Attributes with other values than expected."""
     values = {name: getattr(actual, name, None) for name in expected}
     return [f"{name} is {values[name]}, not {value}" for name, value in expected.items() if values[name] != value]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The folder in use, and against its source
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -310,11 +300,6 @@ def compare_answers(model: nn.Module, name: str, answer: Mapping[str, Any], max_
     yield Finding(f"KL, {name}", text, "ok" if kl.mean().item() <= max_kl else "FAILED")
     agreement = (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
     yield Finding(f"top-1 agreement, {name}", f"{agreement:.1%}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sources
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def source_kind(path: Path) -> str | None:

@@ -102,16 +102,15 @@ def compute_maps(model: Any, processor: Any, image: Image.Image, question: str, 
     attentions = model(ids, **images, output_attentions=True).attentions
 
     vision, settings = model.config.vision_config, processor.image_processor
-    cell = settings.patch_size * settings.merge_size
-    budget = (settings.min_pixels, settings.max_pixels, settings.scale_downsample_ratio)
+    [plan] = settings.plan(image, multi_scale=True)
     slots = (ids[0] == model.config.image_token_id).nonzero().flatten().cpu().numpy()
     return AttentionMaps(
         weights=torch.stack([layer[0].float().mean(0).cpu() for layer in attentions]).numpy(),
         is_image=model.model.get_visual_token_mask(ids)[0].cpu().numpy(),
         answer=[processor.decode([token]) for token in ids[0, prompt_length:].tolist()],
         places=cell_places(slots, inputs["image_grid_thw"].tolist(), vision, module_of(model).PackedLayout),
-        sizes=module_of(settings).plan_scales(image.height, image.width, cell, *budget),
-        cell=cell,
+        sizes=plan.scales,
+        cell=settings.cell,
     )
 
 

@@ -1,11 +1,11 @@
-"""Fine-tunes NaViL on conversations with `Trainer`: all of it, a stage of the paper, or LoRA adapters.
+"""Fine-tunes NaViL on conversations with `Trainer`: all parameters, those of a stage of the paper, or LoRA adapters.
 
     python examples/finetune.py --model . --subfolder tiny --output runs/finetuned
     python examples/finetune.py --model . --subfolder tiny --output runs/lora --lora both
     torchrun --nproc-per-node 2 examples/finetune.py --model . --subfolder tiny --output runs/finetuned
 
-The data is a JSONL file of `{"messages": [...]}`, conversations as `processor.apply_chat_template` takes them; picture
-paths are relative to it.
+The data is a JSONL file with `{"messages": [...]}` on each line, a conversation for `processor.apply_chat_template`.
+Image paths are relative to the file.
 """
 
 import argparse
@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, Trainer, TrainingArguments
 
 LORA_TARGETS = {
     "text": r".*\.text\.\w+_proj",
     "visual": r".*\.visual\.\w+_proj",
     "both": r".*\.(text|visual)\.\w+_proj",
 }
-"""PEFT's `target_modules`: the linear layers of the decoder's attention and FFN experts, by modality."""
+"""`target_modules` for PEFT: the linear layers of the decoder's attention and FFN experts, by modality."""
 
 
 def load_conversations(path: Path) -> list[dict[str, Any]]:
-    """One example per line, with picture paths that do not depend on the working directory."""
+    """One example per line; relative image paths are resolved against the file's folder."""
     examples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     for example in examples:
         parts = [part for message in example["messages"] for part in message["content"] if isinstance(part, dict)]
@@ -40,7 +40,12 @@ def load_conversations(path: Path) -> list[dict[str, Any]]:
     return examples
 
 
-def add_lora(model: Any, experts: str, rank: int) -> Any:
+def add_lora(model: PreTrainedModel, experts: str, rank: int) -> Any:
+    """The model as a `peft.PeftModel` with adapters on the experts of a key of LORA_TARGETS.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -63,13 +68,13 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_ratio=0.05,
         adam_beta2=0.95,
-        bf16=torch.cuda.is_available(),  # Apple's mps trains in float32
+        bf16=torch.cuda.is_available(),  # Apple GPUs train in float32
         use_cpu=on_cpu,
         remove_unused_columns=False,  # the collator needs the messages
         label_names=["labels"],
-        # A label counts the same wherever it is: the loss is divided by the labels of all processes together.
+        # The loss is the mean over the labels of all processes.
         average_tokens_across_devices=PartialState(cpu=on_cpu).num_processes > 1,
-        ddp_find_unused_parameters=False,  # every parameter has a gradient, also without images
+        ddp_find_unused_parameters=False,  # without images, visual parameters get gradients of 0
         logging_steps=1,
         save_strategy="no",
         report_to=[],
@@ -83,17 +88,17 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: python examples/finetune.py --model . --subfolder tiny --output runs/lora --lora visual",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder or name on the Hub")
-    parser.add_argument("--subfolder", default="", metavar="NAME", help="folder of the weights inside of it, if any")
+    parser.add_argument("--subfolder", default="", metavar="NAME", help="folder of the weights in it, if not itself")
     parser.add_argument(
         "--data",
         type=Path,
         default=Path(__file__).with_name("finetune.jsonl"),
         metavar="FILE",
-        help='lines of {"messages": [...]}; default: six conversations about examples/*.png',
+        help='lines of {"messages": [...]} (default: six conversations about examples/*.png)',
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the model goes")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write the model to")
     parser.add_argument("--stage", choices=("s1.1", "s1.2", "s2"), default="s2", help="what trains (%(default)s: all)")
-    parser.add_argument("--lora", choices=LORA_TARGETS, help="train adapters of these experts instead (needs peft)")
+    parser.add_argument("--lora", choices=LORA_TARGETS, help="train adapters of these experts only (needs peft)")
     parser.add_argument("--lora-rank", type=int, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="optimizer steps (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="conversations per device (%(default)s)")
@@ -119,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             data_collator=partial(processor.training_batch, row_length=options.row_length),
         )
         if options.lora and trainer.is_fsdp_enabled:
-            raise ValueError("--lora merges the adapters into whole weights: start it without FSDP")
+            raise ValueError("--lora merges the adapters into the weights, which FSDP shards: run it without FSDP")
         trainer.train()
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -128,11 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.lora is None:
         trainer.save_model()
     elif trainer.is_world_process_zero():
-        model.save_pretrained(options.output / "adapter")
+        # No token was added. PEFT would compare with the config of --model, which --subfolder's may differ from.
+        model.save_pretrained(options.output / "adapter", save_embedding_layers=False)
         model.merge_and_unload().save_pretrained(options.output)
     if trainer.is_world_process_zero():
         processor.save_pretrained(options.output)
-    # Gloo aborts a process that ends while its connections are open.
+    # Gloo aborts a process that exits while another still uses its connections.
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the odd polynomial that takes singular values of 0 to 1 close to 1
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of a polynomial that maps singular values to about 1
 NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrices (N, rows, columns) with all their singular values near 1, by Newton-Schulz iteration in the dtype.
+    """The matrices (N, rows, columns) with singular values near 1, by Newton-Schulz iteration in the given dtype.
 
     Source: K. Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
@@ -28,14 +28,13 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonalized momentum, as `torch.optim.Muon`, which knows bf16 alone.
+    """Muon, as `torch.optim.Muon`, with a choice of dtype and one update for all matrices of a shape.
 
-    Where a processor has no units for bf16, its iteration takes five times as long as the whole rest of a step. Steps
-    are scaled to the size of AdamW's (Moonlight, arXiv 2502.16982). Matrices of one shape are worked on together:
-    a core that starts many small operations is what a GPU waits for.
+    torch's iterates in bf16, which without bf16 units takes five times as long as the rest of a step, and launches many
+    small kernels, which a GPU waits for. Updates are scaled to the size of AdamW's (Moonlight, arXiv 2502.16982).
 
     Args:
-        dtype: of the iteration.
+        dtype: of the Newton-Schulz iteration.
     """
 
     MOMENTUM = 0.95
@@ -55,26 +54,26 @@ class Muon(torch.optim.Optimizer):
                 self._update(matrices, group["lr"], group["weight_decay"])
 
     def _update(self, matrices: list[Tensor], lr: float, weight_decay: float) -> None:
-        """One step of matrices of one shape."""
+        """One step for matrices of the same shape."""
         gradients = [matrix.grad for matrix in matrices]
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
-        ahead = torch.stack(torch._foreach_lerp(gradients, momenta, self.MOMENTUM))
-        directions = orthogonalize(ahead, self.dtype).to(ahead.dtype)
+        updates = torch.stack(torch._foreach_lerp(gradients, momenta, self.MOMENTUM))  # Nesterov momentum
+        directions = orthogonalize(updates, self.dtype).to(updates.dtype)
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
         torch._foreach_add_(matrices, directions.unbind(), alpha=-lr * 0.2 * max(matrices[0].shape) ** 0.5)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for the weight matrices, AdamW for the embeddings, the patch projection and all vectors.
+    """Muon for the weight matrices; AdamW for the embeddings, the patch projection and all vectors.
 
-    One learning rate serves both.
+    Both have the same learning rate.
 
     Args:
-        dtype: of Muon's arithmetic; weights and moments stay float32.
+        dtype: of Muon's iteration; weights and moments stay float32.
     """
 
     def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float, dtype: torch.dtype):
@@ -92,7 +91,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """A scheduler sets the learning rates in `param_groups`: they must be the parts' own."""
+        """Schedulers change `param_groups`, so these must be the same objects as the parts' own."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:

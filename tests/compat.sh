@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 versions=("$@")
 if [ ${#versions[@]} -eq 0 ]; then versions=('4.57.*' '5.0.0' '5.*'); fi
 environments=${COMPAT_ENVIRONMENTS:-.venv-compat}
-tests=${TESTS:-$(echo tests/test_{compatibility,reference_parity,image_processing,tokenization,processing,pipeline,chat,generation,trl}.py)}
+tests=${TESTS:-$(echo tests/test_{compatibility,tiny,reference_parity,image_processing,tokenization,processing,pipeline,chat,generation,trl}.py)}
 declare -A trl=(['4.57.*']='trl==0.25.1 datasets' ['5.*']='trl==1.16.0 datasets')
 failed=()
 

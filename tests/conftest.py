@@ -2,9 +2,12 @@
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -27,16 +30,38 @@ import convert_checkpoint  # noqa: E402
 
 def recorded_image(width: int, height: int, seed: int) -> Image.Image:
     """The picture that the recordings were made with (fixtures/README.md)."""
-    x, y = np.arange(width, dtype=np.float64)[None], np.arange(height, dtype=np.float64)[:, None]
-    red = 127.5 + 127.5 * np.sin(x / 7 + seed) + 0 * y
-    green = 127.5 + 127.5 * np.cos(y / 5 + 2 * seed) + 0 * x
-    blue = (3 * x + 5 * y + 17 * seed) % 256
-    return Image.fromarray(np.stack([red, green, blue], axis=-1).astype(np.uint8))
+    x, y = np.arange(width)[None], np.arange(height)[:, None]
+    pixels = np.empty((height, width, 3), np.uint8)
+    pixels[..., 0] = (127.5 + 127.5 * np.sin(x / 7 + seed)).astype(np.uint8)
+    pixels[..., 1] = (127.5 + 127.5 * np.cos(y / 5 + 2 * seed)).astype(np.uint8)
+    pixels[..., 2] = (3 * x + 5 * y + 17 * seed) % 256
+    return Image.fromarray(pixels)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest magnitude."""
     return ((actual.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+def conversation(question: str, *images, **budget) -> list[dict]:
+    """One message of a user: images, each with the same pixel budget, and a question."""
+    parts = [{"type": "image", "image": image, **budget} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+@contextmanager
+def refused(fact: str):
+    """Expects a ValueError whose message contains `fact`."""
+    with pytest.raises(ValueError) as raised:
+        yield
+    assert fact in str(raised.value)
+
+
+def run_python(script: str, *arguments: str | Path, modules: Path) -> subprocess.CompletedProcess:
+    """Runs a script in a fresh process that caches remote code in `modules`."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(modules), "TQDM_DISABLE": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 class Recording:
@@ -63,6 +88,16 @@ class Recording:
     def images(self, case: str) -> list[Image.Image] | None:
         return [recorded_image(*image) for image in self.cases[case]["images"]] or None
 
+    def encode(self, *conversations: list[dict], **options) -> dict[str, torch.Tensor]:
+        """Inputs of `generate` for a batch of conversations."""
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True, **options}
+        return self.processor.apply_chat_template(list(conversations), **options)
+
+    def generate(self, inputs: dict[str, torch.Tensor], **settings) -> torch.Tensor:
+        """New ids only, 8 unless the settings say otherwise."""
+        output = self.model.generate(**inputs, **{"max_new_tokens": 8, **settings})
+        return output[:, inputs["input_ids"].shape[1] :]
+
     def history(self, case: str) -> list[tuple[str, str]] | None:
         history = self.cases[case]["history"]
         return None if history is None else [tuple(turn) for turn in history]
@@ -77,6 +112,15 @@ def recordings(tmp_path_factory) -> dict[str, Recording]:
 @pytest.fixture(params=BACKBONES)
 def recording(request, recordings) -> Recording:
     return recordings[request.param]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """The embedded checkpoint: model, tokenizer and processor, for tests that change none of them."""
+    options = {"subfolder": "tiny", "trust_remote_code": True}
+    processor = AutoProcessor.from_pretrained(ROOT, **options)
+    model = AutoModel.from_pretrained(ROOT, **options).eval()
+    return SimpleNamespace(model=model, processor=processor, tokenizer=processor.tokenizer)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
     python tests/coverage_fuzz.py images -max_total_time=600 -len_control=0
     python tests/coverage_fuzz.py slots -max_total_time=600 -len_control=0
 
-What follows the target's name goes to atheris and libFuzzer. Any error but a ValueError ends the run with the input.
+Arguments after the target's name go to atheris and libFuzzer. Any error but a ValueError stops the run.
 """
 
 import sys
@@ -18,8 +18,8 @@ with atheris.instrument_imports(include=["navil", "PIL"]):
     from hypothesis import given
     from hypothesis import strategies as st
 
-    from navil import image_processing_navil as image_processing
-    from navil import tokenization_navil as tokenization
+    from navil.image_processing_navil import NaViLImageProcessor
+    from navil.tokenization_navil import expand_image_slots
 
 from fuzzing import damaged_files, fuzz, texts
 
@@ -31,7 +31,7 @@ DAMAGED = Path(tempfile.mkdtemp(prefix="navil-fuzz-")) / "damaged"
 def images(data):
     DAMAGED.write_bytes(data)
     try:
-        image_processing.NaViLImageProcessor(min_pixels=256, max_pixels=4096)(DAMAGED, multi_scale=True)
+        NaViLImageProcessor(min_pixels=256, max_pixels=4096)(DAMAGED, multi_scale=True)
     except ValueError:
         pass
 
@@ -46,7 +46,7 @@ numbers = st.integers(-1, 6)
 )
 def slots(prompts, scales):
     try:
-        expanded = tokenization.expand_image_slots(prompts, scales, 2)
+        expanded = expand_image_slots(prompts, scales, 2)
     except ValueError:
         return
     assert sum(text.count("<img>") for text in expanded) == len(scales)

@@ -1,6 +1,6 @@
-"""Two processes on the CPU (gloo): what each does, and how test_finetuning.py and test_large_models.py start them.
+"""Two processes on the CPU (gloo), for test_finetuning.py and test_large_models.py: their tasks, and how to start them.
 
-accelerate takes FSDP for DDP on a CPU, so torch's own FSDP is wrapped around the model here.
+accelerate uses DDP on a CPU even if asked for FSDP, so models are wrapped with torch's own FSDP here.
 """
 
 import subprocess
@@ -48,8 +48,9 @@ def fsdp2(model: nn.Module) -> nn.Module:
 STRATEGIES = {"ddp": DistributedDataParallel, "fsdp1": fsdp1, "fsdp2": fsdp2}
 
 
-def losses(model: nn.Module, batches: list[dict[str, torch.Tensor]], rank: int, world_size: int) -> list[float]:
-    """Losses of training steps over batches that rank r takes from r on, then of one pass without gradients."""
+def losses(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> list[float]:
+    """Losses of training steps, each over one batch per process, then of the first step's batches without gradients."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     result = []
     steps = [batches[start : start + world_size] for start in range(0, len(batches), world_size)]
@@ -57,7 +58,7 @@ def losses(model: nn.Module, batches: list[dict[str, torch.Tensor]], rank: int, 
         model.train(number < len(steps))
         num_items = sum((part["labels"][:, 1:] != -100).sum() for part in parts)
         with torch.set_grad_enabled(model.training):
-            # Gradients are averaged over the processes, so each one's share of the whole loss is scaled up.
+            # Gradients are averaged over the processes, so each one's part of the loss is scaled up.
             loss = model(**parts[rank], num_items_in_batch=num_items).loss * world_size
         if model.training:
             loss.backward()
@@ -70,16 +71,17 @@ def losses(model: nn.Module, batches: list[dict[str, torch.Tensor]], rank: int, 
     return result
 
 
-def train(folder: str, inputs: list[dict[str, torch.Tensor]]) -> dict[str, list[float]]:
-    result = {}
+def train(folder: str, data: dict[str, Any]) -> dict[str, list[float]]:
+    """Losses of each strategy over `data["batches"]`, and of Trainer over the stream `data["examples"]`."""
+    result = {"stream": train_on_stream(folder, data["examples"])}
     for name, wrap in STRATEGIES.items():
         model = wrap(AutoModel.from_pretrained(folder, trust_remote_code=True))
-        result[name] = losses(model, inputs, dist.get_rank(), dist.get_world_size())
+        result[name] = losses(model, data["batches"])
     return result
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Examples one after the other, without a length."""
+    """Examples without a length."""
 
     def __init__(self, examples: list[dict]):
         self.examples = examples
@@ -89,7 +91,7 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def train_on_stream(folder: str, examples: list[dict], **options: Any) -> list[float]:
-    """Losses that Trainer logs for a pass over streamed examples, two of them in a step over all processes."""
+    """Losses that Trainer logs for one pass over streamed examples, two of them in each step over all processes."""
     num_processes = dist.get_world_size() if dist.is_initialized() else 1
     options = {"accelerator_config": {"dispatch_batches": False}, "average_tokens_across_devices": True, **options}
     with tempfile.TemporaryDirectory() as output:
@@ -129,9 +131,8 @@ def local_rows(model: nn.Module) -> list[int]:
 if __name__ == "__main__":
     task, folder, inputs, output = sys.argv[1:]
     dist.init_process_group("gloo")
-    tasks = {"train": train, "train_on_stream": train_on_stream, "tensor_parallel": tensor_parallel}
-    outcome = tasks[task](folder, torch.load(inputs))
+    outcome = {"train": train, "tensor_parallel": tensor_parallel}[task](folder, torch.load(inputs))
     if dist.get_rank() == 0:
         torch.save(outcome, output)
-    dist.barrier()  # neither process takes its connections down while the other still works
+    dist.barrier()  # a process that exits early aborts the other
     dist.destroy_process_group()

@@ -1,11 +1,11 @@
-"""A Hub on the loopback interface, as much of it as huggingface_hub needs to publish a model and load it back.
+"""A Hub on the loopback interface: what huggingface_hub needs to publish a model and load it back.
 
     with HubServer(tmp_path) as hub:  # HF_ENDPOINT=hub.endpoint, HF_TOKEN=hub.token for the client
         ...
 
-It speaks the client's own protocol: repos/create, validate-yaml, preupload, LFS batch and upload, commit (NDJSON),
-model info, tree, and resolve with redirects to LFS objects. Every upload is checked against the hash that names it,
-writing needs the token, and every commit has a hash of its contents.
+It speaks the client's protocol: repos/create, validate-yaml, preupload, LFS batch and upload, commit (NDJSON), model
+info, tree, and resolve with redirects to LFS objects. Uploads are checked against the hash that names them, and writing
+needs the token.
 """
 
 import base64
@@ -24,12 +24,14 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 USER = "tester"
-BINARY_SUFFIXES = (".safetensors", ".bin", ".png", ".jpg", ".model")  # as a new repository's .gitattributes lists them
+LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".jpg", ".model")  # those of a new repository's .gitattributes
 PIPELINE_TAGS = ("image-text-to-text", "image-to-text", "text-generation", "visual-question-answering")
+
+Files = dict[str, tuple[str, int]]  # path: (SHA-256 of the content, size)
 
 
 class HubError(Exception):
-    """An answer other than 200, with the code that the client reads from X-Error-Code."""
+    """An answer other than 200; the client reads `code` from X-Error-Code."""
 
     def __init__(self, status: HTTPStatus, code: str, message: str, body: dict[str, Any] | None = None):
         super().__init__(message)
@@ -37,46 +39,42 @@ class HubError(Exception):
 
 
 class Repository:
-    """Files of each commit: path -> (content hash, size), newest commit last."""
+    def __init__(self, private: bool):
+        self.private = private
+        self.commits: list[tuple[str, Files]] = []  # hash and files, newest last
+        self.commit({})
 
-    def __init__(self, name: str, private: bool):
-        self.name, self.private = name, private
-        self.commits: list[tuple[str, dict[str, tuple[str, int]]]] = []
-        self.commit("initial commit", {})
+    @property
+    def files(self) -> Files:
+        return self.commits[-1][1]
 
-    def commit(self, title: str, files: dict[str, tuple[str, int]]) -> str:
-        parent = self.commits[-1][0] if self.commits else ""
-        record = json.dumps([parent, title, sorted(files.items())])
+    def commit(self, files: Files) -> str:
+        record = json.dumps([len(self.commits), sorted(files.items())])
         self.commits.append((hashlib.sha1(record.encode()).hexdigest(), files))
         return self.commits[-1][0]
 
-    def at(self, revision: str) -> tuple[str, dict[str, tuple[str, int]]]:
-        if revision == "main":
-            return self.commits[-1]
-        for sha, files in self.commits:
-            if sha == revision:
+    def at(self, revision: str) -> tuple[str, Files]:
+        for sha, files in reversed(self.commits):
+            if revision in ("main", sha):
                 return sha, files
-        raise HubError(HTTPStatus.NOT_FOUND, "RevisionNotFound", f"no revision {revision} in {self.name}")
+        raise HubError(HTTPStatus.NOT_FOUND, "RevisionNotFound", f"no revision {revision}")
 
 
 class HubServer:
     """The server's state, and its routes as methods; `requests` records what the client asked."""
 
     def __init__(self, folder: Path):
-        self.objects = folder / "objects"  # by SHA-256, LFS files and plain ones alike
+        self.objects = folder / "objects"  # by SHA-256
         self.objects.mkdir(parents=True)
         self.repositories: dict[str, Repository] = {}
         self.token = f"hf_{secrets.token_hex(17)}"
         self.requests: list[str] = []
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self.endpoint = f"http://127.0.0.1:{server.server_port}"
-        self.storage = (
-            f"http://localhost:{server.server_port}"  # another host than the Hub's own, as the client expects
-        )
-        self._server = server
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self.storage = f"http://localhost:{self._server.server_port}"  # not the host of the Hub
 
     def __enter__(self) -> "HubServer":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -93,16 +91,15 @@ class HubServer:
         (self.objects / digest).write_bytes(content)
         return digest
 
-    # -- routes: what the handler matched, the request's body, whether it carried the token ----------------------------
+    # -- routes: arguments are the request's body and what the path matched --------------------------------------------
 
     def who_am_i(self, body: bytes) -> dict[str, Any]:
         return {"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}}
 
     def validate_card(self, body: bytes) -> dict[str, Any]:
-        errors = list(card_errors(json.loads(body)["content"]))
+        errors = [{"message": message} for message in card_errors(json.loads(body)["content"])]
         if errors:
-            report = {"errors": [{"message": message} for message in errors], "warnings": []}
-            raise HubError(HTTPStatus.BAD_REQUEST, "BadRequest", "invalid card", report)
+            raise HubError(HTTPStatus.BAD_REQUEST, "BadRequest", "invalid card", {"errors": errors, "warnings": []})
         return {"errors": [], "warnings": []}
 
     def create(self, body: bytes) -> dict[str, Any]:
@@ -111,29 +108,22 @@ class HubServer:
         url = {"url": f"{self.endpoint}/{name}", "name": name}
         if name in self.repositories:
             raise HubError(HTTPStatus.CONFLICT, "RepoExists", f"{name} exists", url)
-        self.repositories[name] = Repository(name, bool(asked.get("private")))
+        self.repositories[name] = Repository(bool(asked.get("private")))
         return url
 
     def preupload(self, body: bytes, name: str, revision: str) -> dict[str, Any]:
         self.repository(name).at(revision)
-        files = json.loads(body)["files"]
-        modes = ["lfs" if file["path"].endswith(BINARY_SUFFIXES) else "regular" for file in files]
-        return {
-            "files": [
-                {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": None}
-                for file, mode in zip(files, modes, strict=True)
-            ]
-        }
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        modes = ["lfs" if path.endswith(LFS_SUFFIXES) else "regular" for path in paths]
+        files = zip(paths, modes, strict=True)
+        return {"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False, "oid": None} for p, mode in files]}
 
     def lfs_batch(self, body: bytes, name: str) -> dict[str, Any]:
         self.repository(name)
-        objects = []
-        for asked in json.loads(body)["objects"]:
-            answer = {"oid": asked["oid"], "size": asked["size"]}
-            if not (self.objects / asked["oid"]).exists():
-                actions = {key: {"href": f"{self.endpoint}/lfs/{key}/{asked['oid']}"} for key in ("upload", "verify")}
-                answer["actions"] = actions
-            objects.append(answer)
+        objects = [{"oid": asked["oid"], "size": asked["size"]} for asked in json.loads(body)["objects"]]
+        for missing in (entry for entry in objects if not (self.objects / entry["oid"]).exists()):
+            links = {key: {"href": f"{self.endpoint}/lfs/{key}/{missing['oid']}"} for key in ("upload", "verify")}
+            missing["actions"] = links
         return {"transfer": "basic", "objects": objects}
 
     def lfs_upload(self, body: bytes, oid: str) -> dict[str, Any]:
@@ -145,62 +135,44 @@ class HubServer:
     def lfs_verify(self, body: bytes, oid: str) -> dict[str, Any]:
         path = self.objects / oid
         if not path.exists() or path.stat().st_size != json.loads(body)["size"]:
-            raise HubError(HTTPStatus.NOT_FOUND, "EntryNotFound", f"{oid} was not uploaded whole")
+            raise HubError(HTTPStatus.NOT_FOUND, "EntryNotFound", f"{oid} was not uploaded completely")
         return {}
 
     def commit(self, body: bytes, name: str, revision: str) -> dict[str, Any]:
         repository = self.repository(name)
         files = dict(repository.at(revision)[1])
-        title = ""
-        for line in body.splitlines():
-            entry = json.loads(line)
-            kind, value = entry["key"], entry["value"]
-            if kind == "header":
-                title = value["summary"]
-            elif kind == "file":
+        for operation in map(json.loads, body.splitlines()):
+            value = operation["value"]
+            if operation["key"] == "file":
                 content = base64.b64decode(value["content"])
                 files[value["path"]] = (self.store(content), len(content))
-            elif kind == "lfsFile":
+            elif operation["key"] == "lfsFile":
                 self.lfs_verify(json.dumps({"size": value["size"]}).encode(), value["oid"])
                 files[value["path"]] = (value["oid"], value["size"])
-            elif kind == "deletedFile":
-                del files[value["path"]]
-            else:
-                raise HubError(HTTPStatus.BAD_REQUEST, "BadRequest", f"unknown operation {kind}")
-        sha = repository.commit(title, files)
-        return {
-            "success": True,
-            "commitOid": sha,
-            "commitUrl": f"{self.endpoint}/{name}/commit/{sha}",
-            "hookOutput": "",
-        }
+            elif operation["key"] != "header":
+                raise HubError(HTTPStatus.BAD_REQUEST, "BadRequest", f"unknown operation {operation['key']}")
+        sha = repository.commit(files)
+        url = f"{self.endpoint}/{name}/commit/{sha}"
+        return {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""}
 
-    def info(self, body: bytes, name: str, revision: str | None = None) -> dict[str, Any]:
+    def info(self, body: bytes, name: str) -> dict[str, Any]:
         repository = self.repository(name)
-        sha, files = repository.at(revision or "main")
-        siblings = [{"rfilename": path} for path in sorted(files)]
-        return {
-            "id": name,
-            "modelId": name,
-            "sha": sha,
-            "private": repository.private,
-            "tags": [],
-            "siblings": siblings,
-        }
+        siblings = [{"rfilename": path} for path in sorted(repository.files)]
+        result = {"id": name, "modelId": name, "sha": repository.commits[-1][0], "private": repository.private}
+        return result | {"tags": [], "siblings": siblings}
 
     def tree(self, body: bytes, name: str, revision: str, folder: str | None = None) -> list[dict[str, Any]]:
-        _, files = self.repository(name).at(revision)
-        inside = {path: entry for path, entry in files.items() if path.startswith(f"{folder}/" if folder else "")}
-        if folder and not inside:
-            raise HubError(HTTPStatus.NOT_FOUND, "EntryNotFound", f"no {folder} in {name}")
-        return [
-            {"type": "file", "path": path, "size": size, "oid": digest}
-            for path, (digest, size) in sorted(inside.items())
-        ]
+        files = sorted(self.repository(name).at(revision)[1].items())
+        entries = [{"type": "file", "path": p, "size": size, "oid": digest} for p, (digest, size) in files]
+        if folder:
+            entries = [entry for entry in entries if entry["path"].startswith(f"{folder}/")]
+            if not entries:
+                raise HubError(HTTPStatus.NOT_FOUND, "EntryNotFound", f"no {folder} in {name}")
+        return entries
 
 
 def card_errors(card: str) -> list[str]:
-    """What the Hub refuses in a model card's metadata, as far as a model of this kind can get it wrong."""
+    """What the Hub refuses in a model card's metadata, as far as this kind of model uses it."""
     block = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
     try:
         metadata = yaml.safe_load(block.group(1)) if block else {}
@@ -228,7 +200,6 @@ ROUTES: list[tuple[str, str, Callable, bool]] = [  # method, path, route, whethe
     ("POST", r"/lfs/verify/(\w+)", HubServer.lfs_verify, True),
     ("POST", rf"/api/models/{NAME}/commit/{REVISION}", HubServer.commit, True),
     ("GET", rf"/api/models/{NAME}", HubServer.info, False),
-    ("GET", rf"/api/models/{NAME}/revision/{REVISION}", HubServer.info, False),
     ("GET", rf"/api/models/{NAME}/tree/{REVISION}(?:/(.+))?", HubServer.tree, False),
 ]
 
@@ -238,12 +209,12 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments: Any) -> None:
-        """Nothing on the console; `hub.requests` has them."""
+        """`hub.requests` has them."""
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        body = self._body()
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
         try:
             if match := re.fullmatch(rf"/{NAME}/resolve/{REVISION}/(.+)", path):
                 self._resolve(*match.groups())
@@ -266,25 +237,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         sha, files = self.hub.repository(name).at(revision)
+        headers = {"X-Repo-Commit": sha}
         if path not in files:
             message = f"no {path} in {name}"
-            error = {"X-Error-Code": "EntryNotFound", "X-Error-Message": message, "X-Repo-Commit": sha}
-            return self._json(HTTPStatus.NOT_FOUND, {"error": message}, error)
+            headers |= {"X-Error-Code": "EntryNotFound", "X-Error-Message": message}
+            return self._json(HTTPStatus.NOT_FOUND, {"error": message}, headers)
         digest, size = files[path]
-        headers = {"X-Repo-Commit": sha, "X-Linked-Size": str(size), "X-Linked-Etag": f'"{digest}"'}
-        if path.endswith(BINARY_SUFFIXES):
-            location = {"Location": f"{self.hub.storage}/lfs/{digest}"}
-            return self._json(HTTPStatus.FOUND, {}, headers | location)
-        self._file(digest, headers)
+        headers |= {"X-Linked-Size": str(size), "X-Linked-Etag": f'"{digest}"'}
+        if path.endswith(LFS_SUFFIXES):
+            return self._json(HTTPStatus.FOUND, {}, headers | {"Location": f"{self.hub.storage}/lfs/{digest}"})
+        return self._file(digest, headers)
 
     def _file(self, digest: str, headers: dict[str, str]) -> None:
-        content = (self.hub.objects / digest).read_bytes()
-        status = HTTPStatus.OK
-        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", "")):
-            first, last = int(match.group(1)), int(match.group(2) or len(content) - 1)
-            headers = headers | {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
-            content, status = content[first : last + 1], HTTPStatus.PARTIAL_CONTENT
-        self._send(status, content, headers | {"ETag": f'"{digest}"', "Content-Type": "application/octet-stream"})
+        headers = headers | {"ETag": f'"{digest}"', "Content-Type": "application/octet-stream"}
+        self._send(HTTPStatus.OK, (self.hub.objects / digest).read_bytes(), headers)
 
     def _json(self, status: HTTPStatus, content: Any, headers: dict[str, str] | None = None) -> None:
         self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json", **(headers or {})})
@@ -296,13 +262,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-
-    def _body(self) -> bytes:
-        if self.headers.get("transfer-encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("content-length", 0)))
-        chunks = []
-        while size := int(self.rfile.readline(), 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(chunks)

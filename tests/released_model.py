@@ -1,7 +1,7 @@
-"""The released model, written plainly from its facts (docs/conversion.md) on tensors of the released layout.
+"""The released model in plain equations (arXiv 2510.08565; docs/conversion.md) on tensors of the released layout.
 
-Dense and slow, one sequence at a time, no code shared with the package: an independent peer for checkpoints of which no
-recording exists.
+Dense and slow, one sequence at a time, without code of the package: an independent peer for checkpoints that have no
+recording.
 """
 
 import torch
@@ -143,7 +143,7 @@ class ReleasedModel:
         text, image = (self.linear(normed, f"{name}.attention.wqkv{suffix}") for suffix in ("", "_ve"))
         grouped = torch.where(visual[:, None], image, text).view(len(x), kv_heads, -1, head_dim)
         q, k, v = grouped[:, :, :-2].flatten(1, 2), grouped[:, :, -2], grouped[:, :, -1]
-        attended = self.linear(self.causal_attention(q, k, v), f"{name}.attention.wo")
+        attended = self.linear(self.causal_attention(q, k, v), f"{name}.attention.wo")  # visual tokens take both
         x = x + torch.where(visual[:, None], self.linear(attended, f"{name}.attention.wo_ve"), attended)
         normed = rms_norm(x, self.tensors[f"{name}.ffn_norm.weight"], eps)
         text, image = (

@@ -1,4 +1,4 @@
-"""The benchmarks run, compare like with like, and count what they say they count."""
+"""The benchmarks run, their baselines compute the same function, and their analytic counts match the model."""
 
 import json
 import mmap
@@ -6,52 +6,44 @@ import mmap
 import pytest
 import torch
 from conftest import relative_error
+from safetensors.torch import load_file
 
-pytest.importorskip("matplotlib")  # as all of the recipes' packages, whose loader the benchmarks use
-
-from benchmarks import baselines, limits, memory, profiling, run  # noqa: E402
-from navil import configuration_navil as configuration  # noqa: E402
-from navil import modeling_navil as modeling
+from benchmarks import baselines, conversion, memory, profiling, roofline, run, workloads
+from navil.configuration_navil import NaViLConfig
+from navil.image_processing_navil import NaViLImageProcessor
+from navil.modeling_navil import NaViLForConditionalGeneration
 
 CPU = torch.device("cpu")
 
 
-def tiny_config():
-    config = run.small_config()
-    vision = config.vision_config.to_dict() | {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    text = config.text_config.to_dict() | {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-    }
-    return configuration.NaViLConfig(vision_config=vision, text_config=text, min_dynamic_patch=16, max_dynamic_patch=64)
+def tiny_config() -> NaViLConfig:
+    config = workloads.small_config()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text_sizes = {**sizes, "vocab_size": 64, "num_key_value_heads": 1, "head_dim": 16}
+    return NaViLConfig(
+        vision_config=config.vision_config.to_dict() | sizes,
+        text_config=config.text_config.to_dict() | text_sizes,
+        min_dynamic_patch=16,
+        max_dynamic_patch=64,
+    )
 
 
 @pytest.fixture
 def tiny_benchmark(monkeypatch):
-    monkeypatch.setitem(run.SIZES, "small", tiny_config)
+    monkeypatch.setitem(workloads.SIZES, "small", tiny_config)
     monkeypatch.setattr(run, "PHOTO_SIZES", ((64, 48),))
     monkeypatch.setattr(run, "VISION_CASES", ((1, (64, 48)), (2, (64, 48))))
-    quick = limits.Yardstick(1e6, lambda: torch.ones(64) @ torch.ones(64))
-    monkeypatch.setattr(limits, "products", lambda *_: quick)
-    monkeypatch.setattr(limits, "reads", lambda *_: quick)
+    quick = roofline.PeakProbe(1e6, lambda: torch.ones(64) @ torch.ones(64))
+    monkeypatch.setattr(roofline, "matmul_probe", lambda *_: quick)
+    monkeypatch.setattr(roofline, "bandwidth_probe", lambda *_: quick)
 
 
 @torch.no_grad()
 def test_baselines_compute_the_same():
-    model = modeling.NaViLForConditionalGeneration._from_config(tiny_config()).eval()
+    model = NaViLForConditionalGeneration._from_config(tiny_config()).eval()
     pixels, grids = torch.randn(88, 768), torch.tensor([[1, 4, 6], [1, 8, 8]])
     features = model.get_image_features(pixels, grids)
-    for attend in (baselines.dense_mask_fused, baselines.dense_mask_equations):
+    for attend in (baselines.dense_mask_sdpa, baselines.dense_mask_eager):
         with baselines.dense_mask(attend):
             assert relative_error(model.get_image_features(pixels, grids), features) < 1e-5
     ids, visual = torch.randint(64, (1, 12)), torch.zeros(1, 12, dtype=torch.bool)
@@ -61,35 +53,49 @@ def test_baselines_compute_the_same():
         assert relative_error(model(ids, visual_token_mask=visual).logits, logits) < 1e-5
 
 
-def test_counted_operations_are_those_of_the_matrices():
+def test_flops_and_bytes_are_those_of_the_matrices():
     config = tiny_config()
-    model = modeling.NaViLForConditionalGeneration._from_config(config)
-    matrices = sum(p.numel() for name, p in model.vision_model.named_parameters() if p.ndim == 2)
-    connector = sum(p.numel() for p in model.connector.parameters() if p.ndim == 2)
+    model = NaViLForConditionalGeneration._from_config(config)
+
+    def matrices(module, expert="") -> int:
+        return sum(p.numel() for name, p in module.named_parameters() if p.ndim == 2 and expert in name)
+
     patches = 24
-    linear = 2 * (patches * matrices + patches // 4 * connector)
+    linear = 2 * (patches * matrices(model.vision_model) + patches // 4 * matrices(model.model.connector))
     attention = 2 * 2 * config.vision_config.num_hidden_layers * config.vision_config.hidden_size * patches**2
-    assert limits.vision_operations(config, [[1, 4, 6]]) == linear + attention
+    assert roofline.vision_flops(config, [[1, 4, 6]]) == linear + attention
     text = config.text_config
-    layers = model.language_model.layers
-    weights = sum(p.numel() for name, p in layers.named_parameters() if p.ndim == 2 and ".text." in name)
+    weights = matrices(model.language_model.layers, ".text.")
     head = text.vocab_size * text.hidden_size
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 5 * 3
-    assert limits.decode_bytes(text, 3, 5, torch.bfloat16) == 2 * (weights + head + cache)
+    assert roofline.decode_bytes(text, 3, 5, torch.bfloat16) == 2 * (weights + head + cache)
     attention = 2 * 2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * 10**2 // 2
-    assert limits.prefill_operations(text, 10) == 2 * (10 * weights + head) + attention
+    assert roofline.prefill_flops(text, 10) == 2 * (10 * weights + head) + attention
 
 
-def test_shares_of_the_limit_are_taken_round_by_round(monkeypatch):
-    bench = run.Bench(tiny_config(), CPU, torch.float32, rounds=3)
-    bench.products = limits.Yardstick(10, lambda: None)
-    bench.reads = limits.Yardstick(100, lambda: None)
-    times = {"navil": [8.0, 4.0, 16.0], "other": [8.0, 8.0, 8.0], "products": [1.0, 1.0, 2.0], "reads": [1.0, 4.0, 1.0]}
-    monkeypatch.setattr(run, "alternate", lambda contestants, *_: {name: times[name] for name in contestants})
-    row = bench.row("part", "case", print, {"other": print}, operations=20, repeats=2)
-    assert (row.seconds, row.speedups, row.floor, row.share_of_limit) == (4, {"other": 1}, 2, 0.5)
-    row = bench.row("part", "case", print, {}, operations=20, bytes_read=100)  # floors of 2, 4 and 4
-    assert (row.seconds, row.floor, row.share_of_limit) == (8, 4, 0.25)
+def test_released_sizes(capsys):
+    assert roofline.main(["--bandwidth", "100"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    table = {label: values for label, *values in rows}
+    # The paper states 2.4 B and 9.2 B (Table 6).
+    assert table["activated parameters"] == ["2.53 B", "9.47 B"]
+    assert table["weights, on disk and in memory"] == ["8.1 GB", "32.8 GB"]
+    read = [float(value.split()[0]) for value in table["bytes read per decoded token, 4096 tokens"]]
+    speeds = [float(value.split()[0]) for value in table["decoding at 100 GB/s, at most"]]
+    assert speeds == pytest.approx([100 / gigabytes for gigabytes in read], rel=0.01)
+    packed = NaViLImageProcessor()(workloads.photo((640, 480)), multi_scale=True)
+    assert table["640x480"][0] == str(len(packed["pixel_values"])) == "2212"
+
+
+def test_roofline_is_taken_round_by_round(monkeypatch):
+    benchmark = run.Benchmark(tiny_config(), CPU, torch.float32, rounds=3)
+    benchmark.probes = {"FLOPs": roofline.PeakProbe(10, print), "bytes": roofline.PeakProbe(100, print)}
+    times = {"navil": [8.0, 4.0, 16.0], "other": [8.0, 8.0, 8.0], "FLOPs": [1.0, 1.0, 2.0], "bytes": [1.0, 4.0, 1.0]}
+    monkeypatch.setattr(run, "time_interleaved", lambda candidates, *_: {name: times[name] for name in candidates})
+    row = benchmark.measure("part", "case", print, {"other": print}, {"FLOPs": 20}, repeats=2)
+    assert (row.seconds, row.speedups, row.roofline_seconds, row.roofline_fraction) == (4, {"other": 1}, 2, 0.5)
+    row = benchmark.measure("part", "case", print, work={"FLOPs": 20, "bytes": 100})  # lower bounds of 2, 4 and 4
+    assert (row.seconds, row.roofline_seconds, row.roofline_fraction) == (8, 4, 0.25)
 
 
 def test_every_part_runs_and_reports(tiny_benchmark, tmp_path):
@@ -99,43 +105,51 @@ def test_every_part_runs_and_reports(tiny_benchmark, tmp_path):
     assert {row["part"] for row in report["rows"]} == set(run.PARTS)
     assert all(row["seconds"] > 0 and all(x > 0 for x in row["speedups"].values()) for row in report["rows"])
     assert {"command", "hardware", "commit", "torch", "transformers"} <= set(report)
-    limited = {row["part"] for row in report["rows"] if row["share_of_limit"] and row["floor"]}
-    assert limited == {"vision", "prefill", "decode"}
+    bounded = {row["part"] for row in report["rows"] if row["roofline_fraction"] and row["roofline_seconds"]}
+    assert bounded == {"vision", "prefill", "decode"}
     table = (tmp_path / "result.md").read_text()
     assert all(f"| {part} |" in table for part in run.PARTS)
 
 
-def test_memory_is_measured_over_what_was_there(tiny_benchmark):
+def test_memory_is_measured_above_what_was_held(tiny_benchmark):
     before = memory.Peak(CPU)
-    held = mmap.mmap(-1, 64 * memory.MIB)  # an allocator might have as much left over from another test
+    held = mmap.mmap(-1, 64 * memory.MIB)  # an allocator might reuse memory of another test
     torch.frombuffer(held, dtype=torch.uint8).fill_(1)
     assert 60 < before.mib() < 128
     assert memory.Peak(CPU).mib() < 8
-    measured = memory.measure_forward("small", 64, dense=False, device=CPU, dtype=torch.float32)
-    assert measured["patches"] == 64 and measured["peak"] > 0
+    minimum, peak = memory.measure_vision(workloads.Setup(tiny_config(), CPU, torch.float32), 8, dense=False)
+    assert minimum == 64 * (768 + 32 + 2 * 48) * 4 / memory.MIB and peak > 0
 
 
-def test_profiles_count_kernels_and_host_waits():
+def test_memory_is_measured_in_a_fresh_process(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(memory, "IMAGES", {"PNG 300 x 200": ("RGB", (300, 200), "PNG")})
+    monkeypatch.setattr(memory, "PIXEL_BUDGETS", (65_536,))
+    assert memory.main(["--part", "images"]) == 0
+    [row] = capsys.readouterr().out.splitlines()[2:]
+    label, minimum, peak = row.strip("| ").split(" | ")
+    assert label == "PNG 300 x 200, max_pixels 65536" and int(minimum) >= 0 and int(peak) >= 0
+
+
+def test_profiles_count_kernels_and_host_syncs():
     x = torch.ones(256, 256)
     quiet = profiling.measure(lambda: (x @ x) @ x, CPU)
-    assert quiet.num_waits == 0 and quiet.num_kernels >= 2 and quiet.longest[0][0] == "aten::mm"
-    assert 0 < quiet.longest[0][1] <= quiet.busy
-    assert profiling.measure(lambda: (x @ x).sum().item(), CPU).num_waits == 1
+    assert quiet.num_syncs == 0 and quiet.num_kernels >= 2 and quiet.longest[0][0] == "aten::mm"
+    assert 0 < quiet.longest[0][1] <= quiet.kernel_time
+    assert profiling.measure(lambda: (x @ x).sum().item(), CPU).num_syncs == 1
 
 
 def test_profiles_of_every_case(tiny_benchmark, monkeypatch, capsys):
     monkeypatch.setattr(profiling, "PHOTO", (64, 48))
     monkeypatch.setattr(profiling, "LENGTH", 16)
     monkeypatch.setattr(profiling, "CONTEXT", 8)
-    compiled = []
-    monkeypatch.setattr(run, "compile_encoder", compiled.append)
-    monkeypatch.setattr(run, "compile_prefill", compiled.append)
-    decoders = []
+    compiled, decoders = [], []
+    monkeypatch.setattr(profiling, "compile_encoder", compiled.append)
+    monkeypatch.setattr(profiling, "compile_prefill", compiled.append)
     monkeypatch.setattr(torch, "compile", lambda model, **settings: decoders.append(settings) or model)
     assert profiling.main(["--device", "cpu"]) == 0
     names = [line.split(" | ")[0].removeprefix("| ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert names == [
-        "attention, flash by run",
+        "attention, flash, batched by length",
         "vision",
         "vision, compiled",
         "prefill",
@@ -146,4 +160,23 @@ def test_profiles_of_every_case(tiny_benchmark, monkeypatch, capsys):
         "decode 4 tokens, Qwen3, compiled and tuned",
     ]
     assert len(compiled) == 2
-    assert [settings.get("options") for settings in decoders] == [None, run.TUNED["cpu"]] * 2
+    assert [settings.get("options") for settings in decoders] == [None, workloads.TUNED_OPTIONS["cpu"]] * 2
+
+
+def test_random_checkpoint_is_in_the_released_layout(monkeypatch, tmp_path):
+    layout = json.loads((conversion.FIXTURES / "official_layout_2b.json").read_text())
+    tensors = {"vision.norm.weight": [8], "vision.proj.bias": [8], "head.weight": [600, 1000]}
+    (tmp_path / "official_layout_2b.json").write_text(json.dumps(layout | {"tensors": tensors}))
+    (tmp_path / "internlm2").symlink_to(conversion.FIXTURES / "internlm2")
+    monkeypatch.setattr(conversion, "FIXTURES", tmp_path)
+    conversion.write_random_checkpoint("2b", tmp_path / "random", shard_size="1MB")
+    index = json.loads((tmp_path / "random" / "model.safetensors.index.json").read_text())
+    written = {}
+    for file in set(index["weight_map"].values()):
+        written |= load_file(tmp_path / "random" / file)
+    assert {name: list(tensor.shape) for name, tensor in written.items()} == tensors
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert written["vision.norm.weight"].mean() > 0.9 and written["vision.proj.bias"].abs().max() < 0.2
+    assert json.loads((tmp_path / "random" / "config.json").read_text()) == layout["config"]
+    with pytest.raises(FileExistsError):
+        conversion.write_random_checkpoint("2b", tmp_path / "random")

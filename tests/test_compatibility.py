@@ -1,28 +1,37 @@
-"""What every supported transformers version must do with the same files; `tests/compat.sh` runs it under each of them.
+"""The package as a model repository: loading, saving, training and PEFT under every supported transformers version.
 
-transformers 5 can load a model without an error and yet wrongly: weights initialised anew, buffers left empty, a
-tokenizer rebuilt from its vocabulary alone. So everything is compared with the files or with recordings.
+`tests/compat.sh` runs this file under each version. transformers 5 can load a model without an error but with wrong
+contents (weights initialized again, empty buffers, a tokenizer rebuilt from its vocabulary alone), so everything is
+compared with the files or with recordings.
 """
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, recorded_image, relative_error
+from conftest import ROOT, conversation, recorded_image, refused, relative_error, run_python
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
-GREEDY = {"max_new_tokens": 6, "do_sample": False}
-LOADING = {
-    "plain": {},
-    "one device": {"device_map": "cpu"},
-    "meta device first": {"low_cpu_mem_usage": True},
-    "released call": {"torch_dtype": torch.float32, "low_cpu_mem_usage": True, "load_in_8bit": False},
-    "eager": {"attn_implementation": "eager"},
-}
+from navil import CODE_FILES
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+
+
+def load(recording, **options):
+    return AutoModel.from_pretrained(recording.folder, trust_remote_code=True, **options).eval()
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def assert_weights_are_the_files(model, folder):
@@ -37,13 +46,24 @@ def assert_weights_are_the_files(model, folder):
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
-@pytest.mark.parametrize("options", LOADING.values(), ids=LOADING)
-@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText])
+LOADING = {
+    "AutoModel": (AutoModel, {}),
+    "AutoModelForCausalLM": (AutoModelForCausalLM, {}),
+    "AutoModelForImageTextToText": (AutoModelForImageTextToText, {}),
+    "one device": (AutoModel, {"device_map": "cpu"}),
+    "devices chosen": (AutoModel, {"device_map": "auto"}),
+    "meta device first": (AutoModel, {"low_cpu_mem_usage": True}),
+    "released call": (AutoModel, {"torch_dtype": torch.float32, "low_cpu_mem_usage": True, "load_in_8bit": False}),
+    "eager": (AutoModel, {"attn_implementation": "eager"}),
+}
+
+
+@pytest.mark.parametrize(("auto_class", "options"), LOADING.values(), ids=LOADING)
 def test_loaded_weights_are_the_files(recording, auto_class, options):
-    torch.manual_seed(1)  # an initialisation that ran after loading would show
-    model, report = auto_class.from_pretrained(
-        recording.folder, trust_remote_code=True, output_loading_info=True, **options
-    )
+    torch.manual_seed(1)  # an initialization after loading would show
+    options = {"trust_remote_code": True, "output_loading_info": True, **options}
+    model, report = auto_class.from_pretrained(recording.folder, **options)
+    assert type(model).__name__ == "NaViLForConditionalGeneration"
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_weights_are_the_files(model, recording.folder)
     with torch.no_grad():
@@ -51,183 +71,197 @@ def test_loaded_weights_are_the_files(recording, auto_class, options):
     assert relative_error(logits, recording.tensors("single")["logits"]) < 1e-5
 
 
-def test_loaded_weights_are_the_files_of_the_embedded_model():
-    options = {"subfolder": "tiny", "trust_remote_code": True}
-    model = AutoModel.from_pretrained(ROOT, **options).eval()
-    assert_weights_are_the_files(model, ROOT / "tiny")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT, **options)
-    for example in json.loads((ROOT / "examples" / "answers.json").read_text()):
-        assert model.chat(tokenizer, ROOT / example["image"], example["question"]) == example["answer"]
+def test_a_subfolder_holds_weights_and_settings_of_its_own(tiny):
+    assert_weights_are_the_files(tiny.model, ROOT / "tiny")
+    stored = json.loads((ROOT / "tiny" / "generation_config.json").read_text())
+    assert tiny.model.generation_config.eos_token_id == stored["eos_token_id"] is not None
+    assert tiny.model.generation_config.max_new_tokens == stored["max_new_tokens"]
 
 
-def test_half_precision_is_the_file_rounded(recording):
-    model = AutoModel.from_pretrained(recording.folder, trust_remote_code=True, torch_dtype=torch.bfloat16)
-    stored = load_file(recording.folder / "model.safetensors")
-    loaded = model.state_dict()
+def test_half_precision_rounds_the_weights_but_not_the_rotary_angles(recording):
+    model = load(recording, torch_dtype=torch.bfloat16, low_cpu_mem_usage=True, load_in_8bit=False)
+    stored, loaded = load_file(recording.folder / "model.safetensors"), model.state_dict()
     assert [name for name in stored if not torch.equal(loaded[name], stored[name].bfloat16())] == []
+    model = model.float()
+    model.load_state_dict(recording.model.state_dict())
+    with torch.no_grad():
+        logits = model(**recording.inputs("single")).logits
+    assert relative_error(logits, recording.tensors("single")["logits"]) < 1e-5
 
 
-def test_missing_weights_alone_are_initialised(recording, tmp_path):
-    """What a fine-tune does that begins with a part of a checkpoint."""
+def test_configs_and_processors_have_the_released_settings(recording):
+    config = AutoConfig.from_pretrained(recording.folder, trust_remote_code=True)
+    assert (config.model_type, config.tie_word_embeddings, config.downsample_ratio) == ("navil", False, 0.5)
+    assert (config.min_dynamic_patch, config.max_dynamic_patch, config.scale_downsample_ratio) == (16, 256, 0.7071)
+    image_processor = AutoImageProcessor.from_pretrained(recording.folder, trust_remote_code=True)
+    settings = {"min_pixels": 4096, "max_pixels": 65536, "patch_size": config.vision_config.patch_size}
+    assert image_processor.to_dict().items() >= settings.items() and settings["patch_size"] == 16
+    assert type(recording.processor.tokenizer).__name__ == type(recording.tokenizer).__name__ == "NaViLTokenizer"
+
+
+def test_missing_weights_alone_are_initialized(recording, tmp_path):
+    """As in fine-tuning from a part of a checkpoint."""
     torch.manual_seed(1)
     recording.model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     dropped = [name for name in stored if name.startswith(("model.connector.", "model.vision_model.blocks.0."))]
     kept = {name: tensor for name, tensor in stored.items() if name not in dropped}
-    model = type(recording.model).from_pretrained(None, config=recording.model.config, state_dict=kept)
-    loaded = model.state_dict()
+    loaded = type(recording.model).from_pretrained(None, config=recording.model.config, state_dict=kept).state_dict()
     assert [name for name in kept if not torch.equal(loaded[name], kept[name])] == []
-    assert torch.equal(loaded["model.connector.norm.weight"], torch.ones_like(loaded["model.connector.norm.weight"]))
+    assert loaded["model.connector.norm.weight"].unique().tolist() == [1.0]
     scale = loaded["model.vision_model.blocks.0.ls1"]
     assert torch.equal(scale, torch.full_like(scale, recording.model.config.vision_config.layer_scale_init))
     assert loaded["model.connector.fc1.weight"].std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_tokenizer_is_its_file(recording):
+TEXTS = ["What is in this picture?", " 10 + 2  = 12.\n", "你好，世界 <ref>a</ref><box>[[1, 2]]</box>", "naïve 🙂"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokenizer_is_its_file(recording, text):
     plain = Tokenizer.from_file(str(recording.folder / "tokenizer.json"))
-    for text in (
-        "What is in this picture?",
-        " 10 + 2  = 12.\n",
-        "你好，世界 <ref>a</ref><box>[[1, 2]]</box>",
-        "naïve 🙂",
-    ):
-        ids = recording.tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert ids == plain.encode(text, add_special_tokens=False).ids
-        assert recording.tokenizer.decode(ids, spaces_between_special_tokens=False) == plain.decode(
-            ids, skip_special_tokens=False
-        )
+    ids = recording.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids == plain.encode(text, add_special_tokens=False).ids
+    decoded = recording.tokenizer.decode(ids, spaces_between_special_tokens=False)
+    assert decoded == plain.decode(ids, skip_special_tokens=False)
 
 
-def conversation(text, *images):
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+def test_use_flash_attn_chooses_the_attention(recording, monkeypatch):
+    assert load(recording, use_flash_attn=False).language_model.config._attn_implementation == "sdpa"
+    eager = load(recording, use_flash_attn=None, attn_implementation="eager")
+    assert eager.vision_model.config._attn_implementation == "eager"
+    with refused("means attn_implementation='sdpa'"):
+        load(recording, use_flash_attn=False, attn_implementation="eager")
+    module = sys.modules[type(recording.model).__module__]
+    monkeypatch.setattr(module, "is_flash_attn_2_available", lambda: False)
+    with refused("needs an NVIDIA GPU and the package flash-attn"):
+        load(recording, use_flash_attn=True)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}, {"cache_implementation": "static"}],
-    ids=["greedy", "beams", "samples", "static cache"],
-)
-def test_generate_from_messages(recording, settings):
-    messages = conversation("What differs?", recorded_image(90, 60, 0), recorded_image(40, 70, 1))
-    inputs = recording.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-    output = recording.model.generate(**inputs, **{**GREEDY, **settings})
-    assert output.shape == (settings.get("num_return_sequences", 1), inputs["input_ids"].shape[1] + 6)
-    assert torch.equal(output[:, : inputs["input_ids"].shape[1]], inputs["input_ids"].expand(len(output), -1))
-    if "do_sample" not in settings and "num_beams" not in settings:
-        sequence = inputs["input_ids"]
-        images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "num_scales")}
-        for _ in range(6):
-            with torch.no_grad():
-                logits = recording.model(input_ids=sequence, use_cache=False, **images).logits
-            sequence = torch.cat([sequence, logits[:, -1:].argmax(-1)], dim=1)
-        assert torch.equal(output, sequence)
+# -- saving ------------------------------------------------------------------------------------------------------------
 
+FRESH_PROCESS = """
+import copy, pickle, sys, numpy, torch
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
+root, image, *folders = sys.argv[1:]
 
-def test_padded_batch_equals_one_by_one(recording):
-    batch = [conversation("What?", recorded_image(90, 60, 0)), conversation("And what else is there to say?")]
-    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    padded = recording.processor.apply_chat_template(batch, padding=True, **options)
-    together = recording.model.generate(**padded, **GREEDY)[:, padded["input_ids"].shape[1] :]
-    for row, messages in zip(together, batch, strict=True):
-        inputs = recording.processor.apply_chat_template(messages, **options)
-        alone = recording.model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
-        assert torch.equal(row, alone)
+def load(auto_class, folder, **options):
+    return auto_class.from_pretrained(folder, trust_remote_code=True, **options)
 
+# As people use the repository: weights in a subfolder, code at the root, the processor first.
+tiny = {"subfolder": "tiny"}
+processor, model = load(AutoProcessor, root, **tiny), load(AutoModel, root, **tiny).eval()
+tokenizer = load(AutoTokenizer, root, **tiny)
+load(AutoImageProcessor, root, **tiny)
+content = [{"type": "image", "url": image}, {"type": "text", "text": "Which bar is the highest?"}]
+messages = [{"role": "user", "content": content}]
+inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs)
+print(model.chat(tokenizer, image, content[1]["text"]), end=" ")
+print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 
-RELOAD = """
-import sys, torch
-from transformers import AutoModel, AutoProcessor
-folder, expected = sys.argv[1:]
-model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-saved = torch.load(expected)
-with torch.no_grad():
-    logits = model(**saved["inputs"]).logits
-assert torch.equal(logits, saved["logits"]), (logits - saved["logits"]).abs().max()
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-assert processor.tokenizer(saved["text"])["input_ids"] == saved["ids"]
-assert processor.image_processor.to_dict() == saved["image settings"]
+for folder in folders:  # the first of them with the processor first
+    if folder == folders[0]:
+        processor, model = load(AutoProcessor, folder), load(AutoModel, folder).eval()
+    else:
+        model, processor = load(AutoModel, folder).eval(), load(AutoProcessor, folder)
+    saved = torch.load(folder + ".pt")
+    for copied in (model, pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            logits = copied(**saved["inputs"]).logits
+        assert torch.equal(logits, saved["logits"]), (logits - saved["logits"]).abs().max()
+    assert model.vision_model.config._attn_implementation == model.language_model.config._attn_implementation == "sdpa"
+    assert processor.tokenizer(saved["text"])["input_ids"] == load(AutoTokenizer, folder)(saved["text"])["input_ids"]
+    assert processor.tokenizer(saved["text"])["input_ids"] == saved["ids"]
+    assert processor.image_processor.to_dict() == saved["image settings"]
+    for original in (model.image_processor, processor.image_processor, load(AutoImageProcessor, folder)):
+        for copied in (pickle.loads(pickle.dumps(original)), copy.deepcopy(original)):
+            assert copied.to_dict() == original.to_dict()
+            assert copied(numpy.zeros((9, 9)))["num_scales"].tolist() == [1]
+
+print("pipeline", file=sys.stderr)  # which says its device
+pipe = pipeline("image-text-to-text", model=root, trust_remote_code=True, model_kwargs=tiny)
+print(pipe(text=messages, return_full_text=False)[0]["generated_text"])
 """
 
 
-@pytest.mark.parametrize("name", ["internlm2", "qwen3", "tiny"])
-def test_saved_folder_reloads_in_a_fresh_process(recordings, tmp_path, monkeypatch, name):
-    if name == "tiny":  # with tied embeddings
-        options = {"subfolder": "tiny", "trust_remote_code": True}
-        model = AutoModel.from_pretrained(ROOT, **options).eval()
-        processor = AutoProcessor.from_pretrained(ROOT, **options)
-    else:
-        model, processor = recordings[name].model, recordings[name].processor
-    folder = tmp_path / "saved"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    messages = conversation("What is it?", recorded_image(90, 60, 0))
-    inputs = dict(processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt"))
+def test_saved_folders_and_the_repository_load_in_a_fresh_process_without_a_warning(recordings, tiny, tmp_path):
+    """Each folder is saved, loaded and saved again; then a process without these modules loads and pickles it."""
+    names, text = [*recordings, "tiny"], "Was ist das? 你好"
+    for name, original in zip(names, [*recordings.values(), tiny], strict=True):
+        model, processor = original.model, original.processor
+        for folder in (tmp_path / f"{name}-once", tmp_path / name):
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        assert {*CODE_FILES} <= {path.name for path in folder.iterdir()}
+        configs = [json.loads((path / "config.json").read_text()) for path in (folder, ROOT)]
+        assert configs[0]["auto_map"] == configs[1]["auto_map"]
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        chat = conversation("What is it?", recorded_image(90, 60, 0))
+        inputs = dict(original.processor.apply_chat_template(chat, **options))
+        with torch.no_grad():
+            logits = original.model(**inputs).logits
+        expected = {"inputs": inputs, "logits": logits, "text": text, "ids": original.tokenizer(text)["input_ids"]}
+        expected["image settings"] = original.processor.image_processor.to_dict()
+        torch.save(expected, tmp_path / f"{name}.pt")
+    folders = [tmp_path / name for name in names]
+    run = run_python(FRESH_PROCESS, ROOT, ROOT / "examples" / "chart.png", *folders, modules=tmp_path / "modules")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "B B\nB\n" and run.stderr.startswith("pipeline\n"), run.stderr
+
+
+def test_tying_survives_saving(recording, tmp_path):
+    tied = load(recording, tie_word_embeddings=True)
+    tied.tie_weights()  # transformers 5 leaves it at what the file says, where that holds two matrices
+    tied.save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+    assert model.config.tie_word_embeddings and model.config.text_config.tie_word_embeddings
+    assert model.lm_head.weight is model.language_model.embed_tokens.weight
+
+
+def test_base_model_gives_the_last_hidden_state_and_reloads_alone(recording, tmp_path):
+    model, inputs = recording.model, recording.inputs("single")
     with torch.no_grad():
-        logits = model(**inputs).logits
-    text = "Was ist das? 你好"
-    expected = {
-        **{"inputs": inputs, "logits": logits, "text": text, "ids": processor.tokenizer(text)["input_ids"]},
-        "image settings": processor.image_processor.to_dict(),
-    }
-    torch.save(expected, tmp_path / "expected.pt")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-c", RELOAD, str(folder), str(tmp_path / "expected.pt")]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
+        hidden = model.base_model(**inputs).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), model(**inputs).logits)
+        model.save_pretrained(tmp_path)
+        alone = type(model.base_model).from_pretrained(tmp_path).eval()
+        assert torch.equal(alone(**inputs).last_hidden_state, hidden)
+    assert model.vision_model is model.model.vision_model and model.language_model is model.get_decoder()
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def losses_of_steps(model, batch, steps, learning_rate) -> list[float]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate)
+    losses = []
+    for _ in range(steps):
+        loss = model(**batch).loss
+        loss.backward()
+        assert not any(parameter.grad is None for parameter in trained)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_training_step(recording, checkpointing):
-    model = AutoModel.from_pretrained(recording.folder, trust_remote_code=True).train()
+    model = load(recording).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    inputs = recording.inputs("single") | {"labels": recording.tensors("single")["labels"]}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(2):
-        loss = model(**inputs).loss
-        loss.backward()
-        assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    batch = recording.inputs("single") | {"labels": recording.tensors("single")["labels"]}
+    losses = losses_of_steps(model, batch, steps=2, learning_rate=1e-3)
     assert losses[0] == pytest.approx(recording.tensors("single")["loss"].item(), abs=1e-4)
     assert losses[1] < losses[0]
 
 
-PLAIN_USE = """
-import sys
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
-root, image = sys.argv[1:]
-load = dict(subfolder="tiny", trust_remote_code=True)
-model = AutoModel.from_pretrained(root, **load).eval()
-tokenizer = AutoTokenizer.from_pretrained(root, **load)
-processor = AutoProcessor.from_pretrained(root, **load)
-AutoImageProcessor.from_pretrained(root, **load)
-content = [{"type": "image", "path": image}, {"type": "text", "text": "Which bar is the highest?"}]
-options = dict(tokenize=True, return_dict=True, return_tensors="pt")
-inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
-output = model.generate(**inputs)
-print(model.chat(tokenizer, image, content[1]["text"]), end=" ")
-print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-"""
-
-
-def test_plain_use_prints_the_answer_and_nothing_else(tmp_path, monkeypatch):
-    """No warning of transformers or of us: neither at the load of any part nor in a chat."""
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    command = [sys.executable, "-c", PLAIN_USE, str(ROOT), str(ROOT / "examples" / "chart.png")]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert (run.stdout, run.stderr) == ("B B\n", "")
-
-
-# -- PEFT --------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
-def recording_for_peft(recordings):
+def internlm2(recordings):
     """The other one's connector has a norm as long as its vocabulary, which PEFT takes for the embeddings."""
     return recordings["internlm2"]
 
@@ -241,29 +275,20 @@ def adapted(recording, kind):
         "prefix tuning": lambda: peft.PrefixTuningConfig(**virtual),
         "LoRA": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
     }[kind]()
-    return peft.get_peft_model(AutoModel.from_pretrained(recording.folder, trust_remote_code=True), config)
+    return peft.get_peft_model(load(recording), config)
 
 
 @pytest.mark.parametrize("kind", ["prompt tuning", "p-tuning", "prefix tuning", "LoRA"])
-def test_adapter_trains_generates_and_reloads(recording_for_peft, tmp_path, kind):
-    recording = recording_for_peft
-    model = adapted(recording, kind).train()
+def test_adapter_trains_generates_and_reloads(internlm2, tmp_path, kind):
+    model = adapted(internlm2, kind).train()
     prompts = [conversation("What?", recorded_image(90, 60, 0)), conversation("And what else is there to say?")]
     answer = {"role": "assistant", "content": "a wave"}
-    batch = recording.processor.training_batch([{"messages": [*messages, answer]} for messages in prompts])
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(3):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    batch = internlm2.processor.training_batch([{"messages": [*messages, answer]} for messages in prompts])
+    losses = losses_of_steps(model, batch, steps=3, learning_rate=1e-2)
     assert losses[2] < losses[1] < losses[0]
 
-    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
-    inputs = dict(recording.processor.apply_chat_template(prompts, **options))
-    together = model.eval().generate(**inputs, **GREEDY, eos_token_id=None)
+    inputs = dict(internlm2.encode(*prompts))
+    together = model.eval().generate(**inputs, **GREEDY)
     sequence, mask = inputs["input_ids"], inputs["attention_mask"]
     for _ in range(GREEDY["max_new_tokens"]):
         grown = inputs | {"input_ids": sequence, "attention_mask": mask}
@@ -274,23 +299,16 @@ def test_adapter_trains_generates_and_reloads(recording_for_peft, tmp_path, kind
     assert torch.equal(together, sequence)
 
     model.save_pretrained(tmp_path)
-    base = AutoModel.from_pretrained(recording.folder, trust_remote_code=True)
-    reloaded = sys.modules["peft"].PeftModel.from_pretrained(base, tmp_path).eval()
-    assert torch.equal(reloaded.generate(**inputs, **GREEDY, eos_token_id=None), together)
+    reloaded = sys.modules["peft"].PeftModel.from_pretrained(load(internlm2), tmp_path).eval()
+    assert torch.equal(reloaded.generate(**inputs, **GREEDY), together)
 
 
-def test_virtual_tokens_are_tokens_in_front_of_the_prompt(recording_for_peft):
-    recording = recording_for_peft
-    model = adapted(recording, "prompt tuning").eval()
-    messages = conversation("What?", recorded_image(90, 60, 0))
-    inputs = dict(
-        recording.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-    )
-    ids = torch.tensor([recording.tokenizer("Say it as you see it", add_special_tokens=False)["input_ids"][:4]])
-    embedding = model.prompt_encoder["default"].embedding.weight
-    embedding.data = recording.model.get_input_embeddings()(ids[0]).detach()
+def test_virtual_tokens_are_tokens_in_front_of_the_prompt(internlm2):
+    model = adapted(internlm2, "prompt tuning").eval()
+    inputs = dict(internlm2.encode(conversation("What?", recorded_image(90, 60, 0))))
+    ids = internlm2.tokenizer("Say it as you see it", add_special_tokens=False, return_tensors="pt")["input_ids"][:, :4]
+    model.prompt_encoder["default"].embedding.weight.data = internlm2.model.get_input_embeddings()(ids[0]).detach()
+    longer = {"input_ids": torch.cat([ids, inputs["input_ids"]], dim=1), "attention_mask": None}
     with torch.no_grad():
-        actual = model(**inputs).logits
-        longer = {"input_ids": torch.cat([ids, inputs["input_ids"]], dim=1), "attention_mask": None}
-        expected = recording.model(**inputs | longer).logits
+        actual, expected = model(**inputs).logits, internlm2.model(**inputs | longer).logits
     assert relative_error(actual, expected) < 1e-5

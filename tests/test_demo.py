@@ -1,9 +1,12 @@
 """The command lines that chat and fine-tune: what they say, and the device that they take."""
 
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from conftest import ROOT, recorded_image
 
 import demo
 from examples import finetune
@@ -28,3 +31,19 @@ def test_the_device_is_the_best_there_is(monkeypatch, tmp_path, available):
     options = finetune.build_parser().parse_args(["--model", "m", "--output", str(tmp_path)])
     settings = finetune.training_arguments(options)
     assert (settings["use_cpu"], settings["bf16"]) == (available == "cpu", available == "cuda")
+
+
+def test_demo_streams_an_answer(recordings, tmp_path, capsys):
+    recorded_image(120, 90, 0).save(tmp_path / "image.png")
+    image = ["--image", str(tmp_path / "image.png")]
+    model = str(recordings["internlm2"].folder)
+    options = ["--model", model, "--question", "What is this?", "--max-new-tokens", "8"]
+    finished = subprocess.run([sys.executable, ROOT / "demo.py", *options, *image], capture_output=True, timeout=300)
+    assert finished.returncode == 0
+    answers = [finished.stdout.decode()]
+    for images in (image, [], image * 2):
+        assert demo.main([*options, *images]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and all(answer.strip() for answer in answers)
+    assert demo.main([*options, "--image", "none.png"]) == 1
+    assert "cannot read an image from 'none.png'" in capsys.readouterr().err

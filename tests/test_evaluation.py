@@ -9,26 +9,29 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from transformers import AutoModel, AutoTokenizer
 
-from recipes.tasks import make_sample
+pytest.importorskip("matplotlib")
+
+from recipes.tasks import TASKS, make_sample  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "examples" / "evaluation"))
 
 from navil_evaluation import NaViLAnswers, drawn, vlmevalkit  # noqa: E402
 
-COUNT = 4
+COUNT, DIFFICULTY, MAX_NEW_TOKENS = 2, 0.25, 8
 
 
 @pytest.fixture(scope="module")
 def wrapper():
-    return vlmevalkit.NaViLMessages(str(ROOT), subfolder="tiny", device="cpu", max_new_tokens=8)
+    return vlmevalkit.NaViLMessages(str(ROOT), subfolder="tiny", device="cpu", max_new_tokens=MAX_NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
-    assert drawn.main([str(folder), "--count", str(COUNT), "--dials", str(ROOT / "tiny" / "dials.json")]) == 0
+    curriculum = folder / "curriculum.json"
+    curriculum.write_text(json.dumps({"difficulty": dict.fromkeys(TASKS, DIFFICULTY)}))
+    assert drawn.main([str(folder), "--count", str(COUNT), "--curriculum", str(curriculum)]) == 0
     csv.field_size_limit(2**31 - 1)
     tables = {}
     for task, name in drawn.TSV_OF_TASK.items():
@@ -39,7 +42,7 @@ def tables(tmp_path_factory):
 
 def message(row, folder):
     """As the kit makes it: images written to files, then the question."""
-    encoded = eval(row["image"]) if row["image"].startswith("[") else [row["image"]]  # the kit's own way
+    encoded = eval(row["image"]) if row["image"].startswith("[") else [row["image"]]  # as the kit does
     paths = [folder / f"{row['index']}_{number}.png" for number in range(len(encoded))]
     for path, image in zip(paths, encoded, strict=True):
         path.write_bytes(base64.b64decode(image))
@@ -48,38 +51,25 @@ def message(row, folder):
 
 
 @pytest.mark.parametrize("task", drawn.TSV_OF_TASK)
-def test_generate_inner_answers_a_table_as_chat_does(wrapper, tables, tmp_path, task):
-    options = {"subfolder": "tiny", "trust_remote_code": True}
-    model = AutoModel.from_pretrained(ROOT, **options).eval()
-    tokenizer = AutoTokenizer.from_pretrained(ROOT, **options)
-    rows = tables[task]
-    assert len(rows) == COUNT and list(rows[0]) == ["index", "image", "question", "answer"]
-    for row in rows:
-        parts = message(row, tmp_path)
-        images = [part["value"] for part in parts[:-1]]
-        assert len(images) == (2 if task == "two_images" else 1) and "<image>" not in row["question"]
-        expected = model.chat(tokenizer, images, row["question"], {"max_new_tokens": 8})
-        assert wrapper.generate_inner(parts, dataset="any") == expected
+def test_a_table_of_held_out_samples_is_answered_as_chat_does(wrapper, tables, tmp_path, task):
+    samples = [make_sample(task, seed, DIFFICULTY, split="heldout") for seed in range(COUNT)]
+    model, tokenizer = wrapper.answers.model, wrapper.answers.tokenizer
+    for row, sample in zip(tables[task], samples, strict=True):
+        [(question, answer)] = sample.turns
+        assert list(row) == ["index", "image", "question", "answer"]
+        assert (row["question"], row["answer"]) == (question, answer) and "<image>" not in question
+        expected = model.chat(tokenizer, sample.images, question, {"max_new_tokens": MAX_NEW_TOKENS})
+        assert wrapper.generate_inner(message(row, tmp_path), dataset="any") == expected
 
 
-def test_images_are_read_where_the_message_has_them(wrapper, tables, tmp_path):
+def test_images_are_read_where_the_message_has_them(wrapper, tables, tmp_path, monkeypatch):
     first, second, question = message(tables["two_images"][0], tmp_path)
     seen = []
-    wrapper.answers.model.chat, chat = lambda *given: seen.append(given[1:3]) or "", wrapper.answers.model.chat
-    try:
-        wrapper.generate_inner([first, {"type": "text", "value": "and then "}, second, question])
-        wrapper.generate_inner([question])
-    finally:
-        wrapper.answers.model.chat = chat
+    monkeypatch.setattr(wrapper.answers.model, "chat", lambda *given: seen.append(given[1:3]) or "")
+    wrapper.generate_inner([first, {"type": "text", "value": "and then "}, second, question])
+    wrapper.generate_inner([question])
     assert seen[0] == ([first["value"], second["value"]], f"<image>\nand then <image>\n{question['value']}")
     assert seen[1] == (None, question["value"])
-
-
-def test_drawn_rows_are_the_held_out_samples(tables):
-    difficulty = json.loads((ROOT / "tiny" / "dials.json").read_text())["difficulty"]
-    for task, rows in tables.items():
-        samples = [make_sample(task, seed, difficulty[task], split="heldout") for seed in range(COUNT)]
-        assert [row["answer"] for row in rows] == [sample.turns[0][1] for sample in samples]
 
 
 @pytest.mark.parametrize("part", [("video", "a.mp4"), ("text", "see <image>")])

@@ -1,6 +1,8 @@
-"""Fine-tuning: collating, stages, accumulation, packing, LoRA, and two processes that train as one."""
+"""Fine-tuning: batches, stages, Trainer, LoRA, and two processes that train as one."""
 
 import json
+import re
+import shutil
 import sys
 from functools import partial
 
@@ -8,13 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, Recording, recorded_image, relative_error
-from distributed_worker import torchrun, train_on_stream
+from distributed_worker import STRATEGIES, torchrun, train_on_stream
 from safetensors.torch import load_file
 from transformers import AutoModel, Trainer, TrainingArguments
 
-sys.path.insert(0, str(ROOT / "examples"))
-
-import finetune  # noqa: E402
+from examples import finetune
+from navil import CODE_FILES
 
 IGNORED = -100
 
@@ -32,7 +33,7 @@ def example(*turns: tuple[str, str], images: tuple = ()) -> dict:
 
 
 def mixed_examples() -> list[dict]:
-    """Eight conversations of unequal length; at each even place one with a picture, except the fifth."""
+    """Eight conversations of unequal length; the first, third and seventh have pictures."""
     small, large = recorded_image(64, 64, 0), recorded_image(120, 90, 1)
     return [
         example(("What is it?", "a wave"), images=(small,)),
@@ -50,6 +51,12 @@ def fresh_model(recording: Recording):
     return AutoModel.from_pretrained(recording.folder, trust_remote_code=True)
 
 
+def read_log(folder) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [(row["loss"], row["grad_norm"]) for row in history if "loss" in row]
+
+
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
@@ -62,7 +69,7 @@ def test_labels_are_the_answers_with_their_ends(recording):
         assert tokenizer.decode(row[row != IGNORED]).replace(" ", "") == expected.replace(" ", "")
     labelled = batch["labels"] != IGNORED
     assert torch.equal(batch["labels"][labelled], batch["input_ids"][labelled])
-    # What Trainer counts is what the loss takes the mean of: no label at the start or predicted by an image token.
+    # Trainer counts all labels, so none may be outside the loss: at the start or predicted by an image token.
     assert not labelled[:, 0].any()
     assert not (labelled[:, 1:] & (batch["input_ids"][:, :-1] == recording.model.config.image_token_id)).any()
 
@@ -79,28 +86,22 @@ def test_training_ids_begin_like_the_ids_that_chat_sees(recording):
 
 
 def test_packed_conversations_do_not_see_each_other(recording):
+    """Whether all are in one row or a row is as long as the longest and the shortest together."""
     examples, processor = mixed_examples(), recording.processor
     alone = [processor.training_batch([one]) for one in examples]
     lengths = [batch["input_ids"].shape[1] for batch in alone]
     packed = processor.training_batch(examples, row_length=sum(lengths))
     assert packed["input_ids"].shape == (1, sum(lengths))
+    row_length = max(lengths) + min(lengths)
+    rows = processor.training_batch(examples, row_length=row_length)
+    assert 1 < len(rows["input_ids"]) < len(examples) and rows["input_ids"].shape[1] <= row_length
     with torch.no_grad():
         outputs = recording.model(**packed)
         single = torch.cat([recording.model(**batch).logits[0] for batch in alone])
-        padded = recording.model(**processor.training_batch(examples))
+        padded = recording.model(**processor.training_batch(examples)).loss.item()
+        assert recording.model(**rows).loss.item() == pytest.approx(padded, rel=1e-5)
     assert relative_error(outputs.logits[0], single) < 1e-5
-    assert outputs.loss.item() == pytest.approx(padded.loss.item(), rel=1e-5)
-
-
-def test_rows_are_filled_up_to_their_length(recording):
-    examples, processor = mixed_examples(), recording.processor
-    lengths = [len(row[row > 0]) for row in processor.training_batch(examples)["attention_mask"]]
-    row_length = max(lengths) + min(lengths)
-    packed = processor.training_batch(examples, row_length=row_length)
-    assert 1 < len(packed["input_ids"]) < len(examples) and packed["input_ids"].shape[1] <= row_length
-    with torch.no_grad():
-        padded = recording.model(**processor.training_batch(examples)).loss
-        assert recording.model(**packed).loss.item() == pytest.approx(padded.item(), rel=1e-5)
+    assert outputs.loss.item() == pytest.approx(padded, rel=1e-5)
 
 
 def test_image_settings_reach_the_image_processor(recording):
@@ -165,7 +166,7 @@ def test_loss_of_a_text_is_that_of_a_plain_llm(recording):
     assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_nothing_to_learn_is_no_loss(recording):
+def test_without_labels_the_loss_is_zero(recording):
     model = fresh_model(recording).train()
     batch = recording.processor.training_batch([example(("Hi", "there"))])
     batch["labels"].fill_(IGNORED)
@@ -234,11 +235,12 @@ def test_accumulated_packed_and_checkpointed_steps_equal_whole_ones(recordings, 
         for row, expected in zip(rows, whole, strict=True):
             assert row == pytest.approx(expected, rel=2e-4)  # the log has four decimals
     for parameter, expected in zip(other.parameters(), model.parameters(), strict=True):
-        assert torch.allclose(parameter, expected, atol=5e-5)  # a step moves them a hundred times as far
+        assert torch.allclose(parameter, expected, atol=5e-5)  # a step changes them a hundred times as much
 
 
 @pytest.mark.parametrize("with_images", [False, True])
-def test_label_smoothing_shifts_the_labels_too(recording, tmp_path, with_images):
+def test_label_smoothing_shifts_the_labels_too(recordings, tmp_path, with_images):
+    recording = recordings["qwen3"]
     options = {"per_device_train_batch_size": 4, "examples": mixed_examples()[0 if with_images else 1 :: 2]}
     plain, _ = trained(recording, tmp_path, **options)
     smoothed, _ = trained(recording, tmp_path, label_smoothing_factor=1e-6, **options)
@@ -261,7 +263,7 @@ def test_evaluation_loss_of_trainer(recording, tmp_path):
 
 @pytest.fixture
 def conversations(tmp_path):
-    """The examples as a JSONL file beside their pictures."""
+    """The examples as a JSONL file, with their pictures in the same folder."""
     lines = []
     for number, one in enumerate(mixed_examples()):
         for part in one["messages"][0]["content"]:
@@ -274,11 +276,6 @@ def conversations(tmp_path):
     return path
 
 
-def logged(folder) -> list[tuple[float, float]]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [(row["loss"], row["grad_norm"]) for row in history if "loss" in row]
-
-
 def test_example_teaches_its_answers(recordings, conversations, tmp_path):
     recording = recordings["qwen3"]
     output = tmp_path / "out"
@@ -286,14 +283,14 @@ def test_example_teaches_its_answers(recordings, conversations, tmp_path):
     conversations.write_text("\n".join(conversations.read_text().splitlines()[:2]))
     settings = ["--steps", "16", "--learning-rate", "0.01", "--row-length", "2000"]
     assert finetune.main([*options, *settings, "--checkpointing"]) == 0
-    losses = [loss for loss, _ in logged(output)]
+    losses = [loss for loss, _ in read_log(output)]
     assert len(losses) == 16 and losses[-1] < 0.3 * losses[0]
     model = AutoModel.from_pretrained(output, trust_remote_code=True).eval()
     assert model.chat(recording.tokenizer, recorded_image(64, 64, 0), "What is it?", {"max_new_tokens": 8}) == "a wave"
     assert finetune.main([*options, "--row-length", "4"]) == 1
 
 
-def test_picture_names_are_taken_from_beside_their_file(tmp_path):
+def test_image_paths_are_relative_to_their_file(tmp_path):
     parts = [{"type": "image", key: name} for key, name in (("path", "a.png"), ("image", "b.png"), ("image", "data:,"))]
     conversation = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Three."}]}
     (tmp_path / "data.jsonl").write_text(json.dumps(conversation))
@@ -310,33 +307,29 @@ def test_lora_without_peft_says_what_to_install(monkeypatch, recording):
 
 @pytest.mark.parametrize("experts", finetune.LORA_TARGETS)
 def test_lora_trains_its_experts_alone_merges_and_reloads(recordings, conversations, tmp_path, experts):
+    """From a subfolder of a repository whose own config has another vocabulary, which PEFT compares with."""
     peft = pytest.importorskip("peft")
-    recording = recordings["qwen3"]
-    output = tmp_path / "out"
-    options = ["--model", str(recording.folder), "--data", str(conversations), "--output", str(output)]
+    recording, root, output = recordings["qwen3"], tmp_path / "repository", tmp_path / "out"
+    shutil.copytree(recording.folder, root / "weights")
+    for name in (*CODE_FILES, "config.json"):
+        shutil.copyfile(ROOT / name, root / name)
+    options = ["--model", str(root), "--subfolder", "weights", "--data", str(conversations), "--output", str(output)]
     settings = ["--steps", "2", "--lora", experts, "--lora-rank", "4", "--learning-rate", "0.01", "--checkpointing"]
     assert finetune.main([*options, *settings]) == 0
+    assert all(".lora_" in name for name in load_file(output / "adapter" / "adapter_model.safetensors"))
     before, merged = (load_file(folder / "model.safetensors") for folder in (recording.folder, output))
     assert before.keys() == merged.keys()
     changed = {name for name in before if not torch.equal(before[name], merged[name])}
-    # What the last layer makes of a visual token reaches nobody but its keys and values.
-    last = f".layers.{recording.model.config.text_config.num_hidden_layers - 1}."
-    unread = {
+    modalities = ("text", "visual") if experts == "both" else (experts,)
+    targets = {
         name
         for name in before
-        if last in name and ".visual." in name and not name.endswith(("k_proj.weight", "v_proj.weight"))
+        if name.endswith("_proj.weight") and any(f".{modality}." in name for modality in modalities)
     }
-    modalities = ("text", "visual") if experts == "both" else (experts,)
-    assert (
-        changed
-        == {
-            name
-            for name in before
-            for modality in modalities
-            if f".{modality}." in name and name.endswith("_proj.weight")
-        }
-        - unread
-    )
+    # In the last layer, only the keys and values of a visual token reach other tokens.
+    last = f".layers.{recording.model.config.text_config.num_hidden_layers - 1}."
+    visual = {name for name in targets if last in name and ".visual." in name}
+    assert changed == targets - {name for name in visual if not name.endswith(("k_proj.weight", "v_proj.weight"))}
     inputs = recording.inputs("single")
     adapted = peft.PeftModel.from_pretrained(fresh_model(recording), output / "adapter").eval()
     reloaded = AutoModel.from_pretrained(output, trust_remote_code=True).eval()
@@ -344,11 +337,11 @@ def test_lora_trains_its_experts_alone_merges_and_reloads(recordings, conversati
         logits = reloaded(**inputs).logits
         assert relative_error(adapted(**inputs).logits, logits) < 1e-5
         assert relative_error(recording.model(**inputs).logits, logits) > 1e-3
-    settings = {"max_new_tokens": 4}
-    image = recorded_image(64, 64, 0)
-    assert adapted.chat(recording.tokenizer, image, "Hi", settings) == reloaded.chat(
-        recording.tokenizer, image, "Hi", settings
-    )
+    answers = [
+        model.chat(recording.tokenizer, recorded_image(64, 64, 0), "Hi", {"max_new_tokens": 4})
+        for model in (adapted, reloaded)
+    ]
+    assert answers[0] == answers[1]
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
@@ -370,17 +363,22 @@ def losses_of_pairs(recording) -> list[float]:
         return [*losses, model.eval()(**collate(mixed_examples()[:2])).loss.item()]
 
 
-def test_ddp_and_fsdp_give_the_losses_of_one_process(recordings, tmp_path):
+def test_ddp_fsdp_and_streaming_give_the_losses_of_one_process(recordings, conversations, tmp_path):
     recording = recordings["qwen3"]
     batches = [dict(recording.processor.training_batch([one])) for one in mixed_examples()]
-    torch.save(batches, tmp_path / "batches.pt")
-    torchrun("tests/distributed_worker.py", "train", recording.folder, tmp_path / "batches.pt", tmp_path / "losses.pt")
+    examples = finetune.load_conversations(conversations)
+    torch.save({"batches": batches, "examples": examples}, tmp_path / "data.pt")
+    torchrun("tests/distributed_worker.py", "train", recording.folder, tmp_path / "data.pt", tmp_path / "losses.pt")
     losses = torch.load(tmp_path / "losses.pt")
 
     expected = losses_of_pairs(recording)
     assert expected[-1] < expected[0]
-    for strategy in ("ddp", "fsdp1", "fsdp2"):
+    for strategy in STRATEGIES:
         assert losses[strategy] == pytest.approx(expected, rel=1e-4), strategy
+    streamed = pytest.approx(expected[:-1], rel=1e-3)
+    assert losses["stream"] == streamed and train_on_stream(recording.folder, examples) == streamed
+    with pytest.raises(ValueError, match="dispatch_batches"):  # Trainer's default, which slices each tensor by rows
+        train_on_stream(recording.folder, examples, accelerator_config=None)
 
 
 def test_example_on_two_processes_logs_the_losses_of_one(recordings, conversations, tmp_path):
@@ -388,18 +386,16 @@ def test_example_on_two_processes_logs_the_losses_of_one(recordings, conversatio
     one, two = tmp_path / "one", tmp_path / "two"
     assert finetune.main([*map(str, options), "--output", str(one), "--batch-size", "2"]) == 0
     torchrun("examples/finetune.py", *options, "--output", two, "--batch-size", 1)
-    for row, expected in zip(logged(two), logged(one), strict=True):
+    for row, expected in zip(read_log(two), read_log(one), strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
 
 
-def test_streaming_gives_the_losses_of_its_batches(recordings, conversations, tmp_path):
-    recording = recordings["qwen3"]
-    examples = finetune.load_conversations(conversations)
-    expected = pytest.approx(losses_of_pairs(recording)[:-1], rel=1e-3)
-    assert train_on_stream(recording.folder, examples) == expected
-    torch.save(examples, tmp_path / "examples.pt")
-    files = (tmp_path / "examples.pt", tmp_path / "losses.pt")
-    torchrun("tests/distributed_worker.py", "train_on_stream", recording.folder, *files)
-    assert torch.load(files[1]) == expected
-    with pytest.raises(ValueError, match="dispatch_batches"):  # Trainer's default, which slices each tensor by rows
-        train_on_stream(recording.folder, examples, accelerator_config=None)
+def test_python_of_the_training_guide_runs(recordings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recorded_image(60, 40, 1).save("photo.jpg")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
+    script = "\n".join(blocks).replace("weights/navil-2b", str(recordings["internlm2"].folder))
+    names = {}
+    exec(compile(script, "docs/training.md", "exec"), names)
+    assert names["model"].language_model.layers[0].self_attn.text.q_proj.weight.grad.abs().sum() > 0
+    assert "pixel_values" in next(iter(names["trainer"].get_train_dataloader()))

@@ -1,4 +1,4 @@
-"""The recordings on an NVIDIA GPU; skipped where there is none."""
+"""On an NVIDIA GPU: logits of the recordings, attention kernels, compiled decoding. Skipped where there is none."""
 
 import pytest
 import torch
@@ -7,8 +7,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, StaticCache
 from transformers.utils import is_flash_attn_2_available
 
-from benchmarks import run
-from navil import modeling_navil as modeling
+from benchmarks.workloads import compile_decoder
+from navil.modeling_navil import (
+    Segments,
+    segment_attention_flash,
+    segment_attention_function,
+    segment_attention_sdpa,
+    segment_attention_varlen,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -39,39 +45,39 @@ def test_chat_on_cuda(recording, on_cuda):
 
 @pytest.mark.parametrize("lengths", [[64] * 5, [16, 16, 256, 100, 4]])
 def test_varlen_agrees_with_sdpa(lengths):
-    segments = modeling.Segments.of_lengths(lengths, torch.device("cuda"))
+    segments = Segments.of_lengths(lengths, torch.device("cuda"))
     query, key, value = torch.randn(3, sum(lengths), 4, 64, device="cuda", dtype=torch.bfloat16)
-    expected = modeling.segment_attention_sdpa(query, key, value, segments, 0.125)
-    assert relative_error(modeling.segment_attention_varlen(query, key, value, segments, 0.125), expected) < 0.02
+    expected = segment_attention_sdpa(query, key, value, segments, 0.125)
+    assert relative_error(segment_attention_varlen(query, key, value, segments, 0.125), expected) < 0.02
     if is_flash_attn_2_available():
-        assert relative_error(modeling.segment_attention_flash(query, key, value, segments, 0.125), expected) < 0.02
+        assert relative_error(segment_attention_flash(query, key, value, segments, 0.125), expected) < 0.02
 
 
-def test_sdpa_takes_the_varlen_kernel():
+def test_sdpa_means_the_varlen_kernel_in_half_precision():
     half = torch.zeros(4, 2, 64, device="cuda", dtype=torch.bfloat16)
-    assert modeling.segment_attention_function("sdpa", half) is modeling.segment_attention_varlen
-    assert modeling.segment_attention_function("sdpa", half.float()) is modeling.segment_attention_sdpa
+    assert segment_attention_function("sdpa", half) is segment_attention_varlen
+    assert segment_attention_function("sdpa", half.float()) is segment_attention_sdpa
 
 
-def test_no_plan_is_made_for_a_new_length(on_cuda):
-    decoder = on_cuda
+def test_no_attention_runs_on_cudnn(on_cuda):
+    """cuDNN plans every new length, for 50 ms and more."""
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiler:
-        cache = decoder(torch.ones(1, 37, dtype=torch.long, device="cuda")).past_key_values
-        decoder(torch.ones(1, 1, dtype=torch.long, device="cuda"), past_key_values=cache)
+        cache = on_cuda(torch.ones(1, 37, dtype=torch.long, device="cuda")).past_key_values
+        on_cuda(torch.ones(1, 1, dtype=torch.long, device="cuda"), past_key_values=cache)
     names = {event.key for event in profiler.key_averages()}
     assert "aten::scaled_dot_product_attention" in names and not any("cudnn" in name for name in names)
 
 
-@pytest.mark.parametrize("how", [{"mode": "reduce-overhead"}, {"options": run.TUNED["cuda"]}], ids=["plain", "tuned"])
-def test_compiled_decoding_on_a_static_cache_is_one_graph_without_host_sync(on_cuda, how):
-    decoder, config = on_cuda, on_cuda.config.text_config
+@pytest.mark.parametrize("tuned", [False, True])
+def test_compiled_decoding_on_a_static_cache_is_one_graph_without_host_sync(on_cuda, tuned):
+    config = on_cuda.config.text_config
     position = torch.tensor([3], device="cuda")
     inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long, device="cuda"), "position_ids": position[None]}
     cache = StaticCache(config, max_batch_size=1, max_cache_len=8, device="cuda", dtype=torch.bfloat16)
     torch._dynamo.reset()
-    compiled = torch.compile(decoder, fullgraph=True, **how)
+    compiled = compile_decoder(on_cuda, tuned)
     with torch.no_grad():
-        expected = decoder(**inputs, past_key_values=cache, cache_position=position).logits
+        expected = on_cuda(**inputs, past_key_values=cache, cache_position=position).logits
         compiled(**inputs, past_key_values=cache, cache_position=position)  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:

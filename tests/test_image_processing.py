@@ -1,17 +1,9 @@
-"""Images to packed patches: the released grids and pixels, every form of an image, every type of number.
-
-Pillow's modes, EXIF, array layouts and damaged files are tested in test_hostile_images.py; the released example's loop
-over scales in test_chat.py.
-"""
+"""Images to packed patches: the released grids and pixels, settings, and every form of an image."""
 
 import base64
 import hashlib
 import io
 import json
-import os
-import shutil
-import subprocess
-import sys
 import threading
 from decimal import Decimal
 from fractions import Fraction
@@ -20,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, recorded_image
+from conftest import FIXTURES, recorded_image, refused
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -30,17 +22,23 @@ FOLDER = FIXTURES / "image_processing"
 CASES = json.loads((FOLDER / "cases.json").read_text())
 
 
+BUDGET = {"min_pixels": 4096, "max_pixels": 65536}
+
+
+def processor_for(case: dict) -> NaViLImageProcessor:
+    budget = {"min_pixels": case["min_patches"] * 256, "max_pixels": case["max_patches"] * 256}
+    return NaViLImageProcessor(**budget, scale_downsample_ratio=case["ratio"])
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['width']}x{case['height']}")
 def test_recorded_case(case):
     image = recorded_image(case["width"], case["height"], case["seed"])
-    budget = {"min_pixels": case["min_patches"] * 256, "max_pixels": case["max_patches"] * 256}
-    processor = NaViLImageProcessor(scale_downsample_ratio=case["ratio"], **budget)
     if "error" in case:
         with pytest.raises(ValueError) as raised:
-            processor(image, multi_scale=True)
+            processor_for(case)(image, multi_scale=True)
         assert f"ValueError: {raised.value}" == case["error"]
         return
-    features = processor(image, multi_scale=True, return_tensors="pt")
+    features = processor_for(case)(image, multi_scale=True, return_tensors="pt")
     patches = features["pixel_values"]
     assert features["image_grid_thw"].tolist() == case["image_grid_thw"]
     assert features["num_scales"].tolist() == [case["num_scales"]]
@@ -51,10 +49,49 @@ def test_recorded_case(case):
 
 
 def test_one_scale_is_the_largest_of_many():
-    processor, image = NaViLImageProcessor(min_pixels=4096, max_pixels=65536), recorded_image(200, 130, 13)
-    one, many = processor(image), processor(image, multi_scale=True)
+    image, processor = recorded_image(200, 130, 13), NaViLImageProcessor()
+    one, many = (processor(image, **BUDGET, multi_scale=multi_scale) for multi_scale in (False, True))
     assert one["image_grid_thw"].tolist() == [[1, 10, 14]] == many["image_grid_thw"][-1:].tolist()
-    assert np.array_equal(one["pixel_values"], many["pixel_values"][-140:]) and many["num_scales"].tolist() == [5]
+    assert np.array_equal(one["pixel_values"], many["pixel_values"][-140:])
+
+
+def test_every_image_has_its_own_budget():
+    images = [recorded_image(640, 480, 0), recorded_image(37, 53, 1), recorded_image(640, 480, 2)]
+    processor = NaViLImageProcessor(multi_scale=True)
+    together = processor(images)
+    alone = [processor(image) for image in images]
+    for name in ("pixel_values", "image_grid_thw", "num_scales"):
+        assert np.array_equal(together[name], np.concatenate([features[name] for features in alone]))
+    assert together["num_scales"].tolist() == [3, 1, 3]
+
+
+def test_call_settings_override_the_constructor():
+    image, settings = recorded_image(640, 480, 0), {**BUDGET, "scale_downsample_ratio": 0.5, "multi_scale": True}
+    by_constructor, by_call = NaViLImageProcessor(**settings)(image), NaViLImageProcessor()(image, **settings)
+    assert np.array_equal(by_constructor["pixel_values"], by_call["pixel_values"])
+    assert by_call["num_scales"].tolist() == [len(by_call["image_grid_thw"])] == [3]
+
+
+def test_an_image_may_have_its_own_budget():
+    image, processor = recorded_image(300, 200, 0), NaViLImageProcessor(min_pixels=4096, multi_scale=True)
+    own = {"type": "image", "image": image, "max_pixels": torch.tensor(9000.0)}
+    both = processor([image, own, {"image": image, "min_pixels": None, "max_pixels": None}], max_pixels=30000)
+    large, small = processor(image, max_pixels=30000), processor(image, max_pixels=9000)
+    for name in ("num_scales", "pixel_values"):
+        assert np.array_equal(both[name], np.concatenate([features[name] for features in (large, small, large)]))
+    with refused("got 4096 and 100"):
+        processor({"image": image, "min_pixels": 4096, "max_pixels": 100})
+
+
+@pytest.mark.parametrize("given", [{"max_pixels": 4096}, {"min_pixels": 65536}], ids=str)
+def test_a_given_end_of_the_budget_moves_the_default_of_the_other(given):
+    image, processor = recorded_image(300, 200, 0), NaViLImageProcessor(min_pixels=16384, max_pixels=32768)
+    [value] = given.values()
+    expected = processor(image, min_pixels=value, max_pixels=value)["image_grid_thw"].tolist()
+    assert processor(image, **given)["image_grid_thw"].tolist() == expected
+    assert processor({"image": image, **given})["image_grid_thw"].tolist() == expected
+    with refused("need 0 < min_pixels <= max_pixels, got 5000 and 4096"):
+        processor(image, min_pixels=5000, max_pixels=4096)
 
 
 @pytest.mark.parametrize("patch_size", [4, 5])  # an even and an odd number of pixels
@@ -81,84 +118,88 @@ def test_patchify_keeps_merge_groups_together():
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
+BAD_SETTINGS = [
+    ({"min_pixels": 100, "max_pixels": 99}, "100 and 99"),
+    ({"min_pixels": 0}, "0 and"),
+    ({"max_pixels": float("nan")}, "and nan"),
+    ({"max_pixels": "many"}, "could not convert string to float: 'many'"),
+    ({"scale_downsample_ratio": 1.0}, "1.0"),
+    ({"do_resize": True}, "do_resize must be False"),
+    ({"do_pad": False}, "do_pad must be True"),
+    ({"do_rescale": 0}, "do_rescale must be True"),
+    ({"size": {"height": 9}}, "no setting size={'height': 9}"),
+    ({"max_pixel": 300_000}, "no setting max_pixel=300000"),
+    ({"max_pixel": 300_000}, "min_pixels, max_pixels, scale_downsample_ratio, multi_scale"),
+    ({"patch_size": 16.5}, "patch_size must be a whole number of at least 1, got 16.5"),
+    ({"merge_size": 0}, "merge_size must be a whole number of at least 1, got 0"),
+    ({"image_mean": [0.5]}, "3 numbers each"),
+    ({"image_std": (0.5, 0, 0.5)}, "3 numbers each"),
+]
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"min_pixels": 100, "max_pixels": 99}, "need 0 < min_pixels <= max_pixels, got 100 and 99"),
-        ({"min_pixels": 0}, "0 and"),
-        ({"max_pixels": float("nan")}, "and nan"),
-        ({"max_pixels": "many"}, "could not convert string to float: 'many'"),
-        ({"scale_downsample_ratio": 1.0}, "1.0"),
-        ({"patch_size": 16.5}, "patch_size must be a whole number of at least 1, got 16.5"),
-        ({"merge_size": 0}, "merge_size must be a whole number of at least 1, got 0"),
-        ({"image_mean": [0.5]}, "3 numbers each"),
-        ({"image_std": (0.5, 0, 0.5)}, "3 numbers each"),
-    ],
-)
-def test_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS, ids=str)
+def test_bad_settings_are_refused_by_constructor_from_pretrained_and_call(settings, message, tmp_path):
+    with refused(message):
         NaViLImageProcessor(**settings)
-    if settings.keys() <= {"min_pixels", "max_pixels", "scale_downsample_ratio"}:  # those of a call too
-        with pytest.raises(ValueError, match=message):
-            NaViLImageProcessor()(np.zeros((40, 40), np.uint8), **settings)
+    if settings.keys().isdisjoint({"size", "max_pixel"}):  # transformers drops unknown settings here
+        NaViLImageProcessor().save_pretrained(tmp_path)
+        with refused(message):
+            NaViLImageProcessor.from_pretrained(tmp_path, **settings)
+    if settings.keys().isdisjoint({"patch_size", "merge_size", "image_mean", "image_std"}):
+        with refused(message):
+            NaViLImageProcessor()(recorded_image(40, 40, 0), **settings)
+
+
+def test_settings_given_to_from_pretrained_are_kept(tmp_path):
+    NaViLImageProcessor().save_pretrained(tmp_path)
+    loaded = NaViLImageProcessor.from_pretrained(tmp_path, max_pixels=np.int64(300_000), multi_scale=np.True_)
+    assert json.loads(loaded.to_json_string())["max_pixels"] == 300_000 and loaded.multi_scale is True
 
 
 @pytest.mark.parametrize(
-    "convert",
-    [np.int64, np.float32, np.array, torch.tensor, lambda n: torch.tensor(n, dtype=torch.bfloat16), Fraction, Decimal],
-    ids=["int64", "float32", "0-d array", "tensor", "bfloat16", "fraction", "decimal"],
+    "switches",
+    [
+        {"do_resize": False, "do_pad": True},
+        {"do_convert_rgb": True, "do_rescale": np.True_, "do_normalize": torch.tensor(True), "size": None},
+    ],
+    ids=str,
 )
-def test_numbers_of_every_type_are_the_same_setting_of_a_constructor_or_call(convert):
+def test_released_switches_change_nothing(switches):
+    image, processor = recorded_image(90, 60, 0), NaViLImageProcessor(min_pixels=1024, max_pixels=4096)
+    assert np.array_equal(processor(image, **switches)["pixel_values"], processor(image)["pixel_values"])
+
+
+NUMBER_TYPES = {
+    "int64": np.int64,
+    "float32": np.float32,
+    "0-d array": np.array,
+    "tensor": torch.tensor,
+    "bfloat16": lambda value: torch.tensor(value, dtype=torch.bfloat16),
+    "fraction": Fraction,
+    "decimal": Decimal,
+}
+
+
+@pytest.mark.parametrize("convert", NUMBER_TYPES.values(), ids=NUMBER_TYPES)
+def test_numbers_of_every_type_are_the_same_setting(convert):
     image = recorded_image(300, 200, 0)
-    plain = NaViLImageProcessor(min_pixels=4096, max_pixels=65536, scale_downsample_ratio=0.5, multi_scale=True)
+    plain = NaViLImageProcessor(**BUDGET, scale_downsample_ratio=0.5, multi_scale=True)
+    expected = plain(image)["pixel_values"]
     budget = {"min_pixels": convert(4096), "max_pixels": convert(65536)}
     tau = convert(0.5) if convert is not np.int64 else 0.5
     given = NaViLImageProcessor(convert(16), convert(2), scale_downsample_ratio=tau, multi_scale=np.True_, **budget)
     assert given.to_json_string() == plain.to_json_string()
+    assert np.array_equal(given(image)["pixel_values"], expected)
     by_call = NaViLImageProcessor()(image, scale_downsample_ratio=tau, multi_scale=np.True_, **budget)
-    for features in (given(image), by_call):
-        assert np.array_equal(features["pixel_values"], plain(image)["pixel_values"])
-        assert features["num_scales"].tolist() == [3]
+    assert np.array_equal(by_call["pixel_values"], expected)
 
 
-@pytest.mark.parametrize("convert", [list, np.array, torch.tensor, lambda values: [*map(np.float32, values)]])
-def test_channel_values_are_any_three_numbers(convert):
+def test_channel_values_are_any_three_numbers():
     values = (0.25, 0.5, 1)
-    processor = NaViLImageProcessor(image_mean=convert(values), image_std=convert(values))
-    assert processor.image_mean == processor.image_std == [0.25, 0.5, 1.0]
-    assert NaViLImageProcessor(**json.loads(processor.to_json_string())).image_std == [0.25, 0.5, 1.0]
-
-
-def test_every_image_has_its_own_scales_and_may_have_its_own_budget():
-    image, processor = recorded_image(300, 200, 0), NaViLImageProcessor(min_pixels=4096, multi_scale=True)
-    own = {"type": "image", "image": image, "max_pixels": torch.tensor(9000.0)}
-    unset = {"image": recorded_image(37, 53, 1), "min_pixels": None, "max_pixels": None}
-    together = processor([image, own, unset], max_pixels=30000)
-    alone = [processor(image, max_pixels=30000), processor(image, max_pixels=9000), processor(unset["image"])]
-    for name in ("pixel_values", "image_grid_thw", "num_scales"):
-        assert np.array_equal(together[name], np.concatenate([features[name] for features in alone]))
-    assert together["num_scales"][0] > together["num_scales"][1] > together["num_scales"][2] == 1
-    with pytest.raises(ValueError, match="got 4096 and 100"):
-        processor({"image": image, "min_pixels": 4096, "max_pixels": 100})
-
-
-@pytest.mark.parametrize(
-    ("given", "budget"), [({"max_pixels": 4096}, (4096, 4096)), ({"min_pixels": 65536}, (65536, 65536))]
-)
-def test_one_given_limit_of_the_budget_moves_the_default_of_the_other(given, budget):
-    processor, image = NaViLImageProcessor(min_pixels=16384, max_pixels=32768), recorded_image(300, 200, 0)
-    expected = processor.plan(image, *budget)[0].scales
-    assert processor.plan(image, **given)[0].scales == processor.plan({"image": image, **given})[0].scales == expected
-
-
-def test_settings_given_to_from_pretrained_are_checked_and_kept(tmp_path):
-    NaViLImageProcessor().save_pretrained(tmp_path)
-    loaded = NaViLImageProcessor.from_pretrained(tmp_path, max_pixels=np.int64(300_000), multi_scale=np.True_)
-    assert json.loads(loaded.to_json_string())["max_pixels"] == 300_000 and loaded.multi_scale is True
-    for settings in ({"max_pixels": 1}, {"do_resize": True}):
-        with pytest.raises(ValueError, match="max_pixels|do_resize"):
-            NaViLImageProcessor.from_pretrained(tmp_path, **settings)
+    for convert in (list, np.array, torch.tensor, lambda values: [np.float32(value) for value in values]):
+        processor = NaViLImageProcessor(image_mean=convert(values), image_std=convert(values))
+        assert processor.image_mean == processor.image_std == [0.25, 0.5, 1.0]
+        assert NaViLImageProcessor(**json.loads(processor.to_json_string())).image_std == [0.25, 0.5, 1.0]
 
 
 # -- forms of an image -------------------------------------------------------------------------------------------------
@@ -175,19 +216,15 @@ def as_base64(path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def as_array(path) -> np.ndarray:
-    return np.array(Image.open(path))
-
-
 FORMS = {
-    "PIL": Image.open,
     "path": lambda path: path,
     "text": str,
     "NumPy text": np.str_,
+    "PIL image": Image.open,
     "file url": lambda path: path.as_uri(),
     "unquoted file url": lambda path: f"file://{path}",
     "data url": lambda path: "data:image/png;base64," + as_base64(path),
-    "base64": as_base64,
+    "base64": lambda path: as_base64(path),
     "base64 in lines": lambda path: base64.encodebytes(path.read_bytes()).decode(),
     "bytes": lambda path: path.read_bytes(),
     "bytearray": lambda path: bytearray(path.read_bytes()),
@@ -197,29 +234,30 @@ FORMS = {
     "dataset of paths": lambda path: {"bytes": None, "path": str(path)},
     "part": lambda path: {"type": "image", "image": path},
     "part with empty keys": lambda path: {"type": "image", "image": None, "text": None, "url": path.as_uri()},
-    "part with an empty dataset": lambda path: {"image": {"bytes": None, "path": None}, "path": str(path)},
-    "part with an empty OpenAI's": lambda path: {"image_url": {"url": None, "detail": None}, "path": str(path)},
     "part with base64": lambda path: {"type": "image", "base64": as_base64(path)},
     "part with a dataset's image": lambda path: {"type": "image", "image": {"bytes": path.read_bytes(), "path": None}},
+    "part with an empty dataset's image": lambda path: {"path": str(path), "image": {"bytes": None, "path": None}},
+    "part with an empty URL": lambda path: {"path": str(path), "image_url": {"url": None, "detail": None}},
     "OpenAI's part": lambda path: {"type": "image_url", "image_url": {"url": path.as_uri(), "detail": "auto"}},
     "OpenAI's part in short": lambda path: {"type": "image_url", "image_url": path.as_uri()},
-    "int64": lambda path: as_array(path).astype(np.int64),
-    "int16 tensor": lambda path: torch.from_numpy(as_array(path).astype(np.int16)).permute(2, 0, 1),
-    "tensor with a gradient": lambda path: torch.from_numpy(as_array(path) / 255).requires_grad_(),
+    "int64": lambda path: np.asarray(Image.open(path)).astype(np.int64),
+    "int16 tensor": lambda path: torch.from_numpy(np.asarray(Image.open(path)).astype(np.int16)).permute(2, 0, 1),
+    "tensor with a gradient": lambda path: torch.from_numpy(np.asarray(Image.open(path)) / 255).requires_grad_(),
 }
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_every_form_is_the_image_in_the_file(form, chart):
     processor = NaViLImageProcessor(min_pixels=1024, max_pixels=4096)
-    expected = processor(recorded_image(50, 40, 3))["pixel_values"]
+    expected = processor(chart)["pixel_values"]
     assert np.array_equal(processor(form(chart))["pixel_values"], expected)
     assert np.array_equal(processor([form(chart), form(chart)])["pixel_values"], np.concatenate([expected, expected]))
 
 
 def test_a_bfloat16_tensor_is_read_with_its_precision(chart):
-    loaded = np.asarray(load_image(torch.from_numpy(as_array(chart) / 255).bfloat16())).astype(int)
-    assert np.abs(loaded - as_array(chart)).max() <= 1  # 8 bits of mantissa
+    image = torch.from_numpy(np.array(Image.open(chart))) / 255
+    loaded = np.asarray(load_image(image.bfloat16())).astype(int)
+    assert np.abs(loaded - np.asarray(Image.open(chart))).max() <= 1  # 8 bits of mantissa
 
 
 def test_an_open_file_stays_open(chart):
@@ -234,8 +272,8 @@ ITERABLES = {
     "iterator": iter,
     "keys": lambda images: dict.fromkeys(images).keys(),
     "generator of lists": lambda images: ([image] for image in images),
-    "batch": lambda images: np.stack([as_array(image) for image in images]),
-    "tensor batch": lambda images: torch.from_numpy(np.stack([as_array(image) for image in images])),
+    "batch": lambda images: np.stack([np.asarray(Image.open(image)) for image in images]),
+    "tensor batch": lambda images: torch.from_numpy(np.stack([np.asarray(Image.open(image)) for image in images])),
 }
 
 
@@ -245,39 +283,6 @@ def test_every_iterable_is_a_list_of_images(collect, chart, tmp_path):
     images = [chart, tmp_path / "other.png"]
     processor = NaViLImageProcessor(min_pixels=1024, max_pixels=4096)
     assert np.array_equal(processor(collect(images))["pixel_values"], processor(images)["pixel_values"])
-
-
-def cut_off_file() -> Image.Image:
-    file = io.BytesIO()
-    recorded_image(50, 40, 3).save(file, "PNG")
-    return Image.open(io.BytesIO(file.getvalue()[:200]))
-
-
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        (ROOT / "README.md", "cannot read an image from '.*README.md'"),
-        ("no/such/file.jpg", "cannot read an image from 'no/such/file.jpg'"),
-        (cut_off_file(), "cannot read an image from <PIL"),
-        (Image.new("RGB", (0, 5)), "at least one pixel, got 0 x 5"),
-        (np.zeros((6, 4, 5), np.uint8), r"\(6, 4, 5\)"),
-        (np.zeros((0, 4, 3), np.uint8), r"\(0, 4, 3\)"),
-        (np.full((4, 4, 3), 256), "integers from 0 to 255"),
-        ({"type": "image", "image": None}, "needs one of image, bytes"),
-        (7, "int"),
-        ([], "at least one image"),
-    ],
-)
-def test_bad_image(image, message):
-    with pytest.raises(ValueError, match=message):
-        NaViLImageProcessor()(image)
-
-
-@pytest.mark.parametrize("text", ["data:image/png;base64," + "A" * 10**6, "A" * 10**6, "x/" * 10**5, b"A" * 10**6])
-def test_a_long_source_is_cut_short_in_errors(text):
-    with pytest.raises(ValueError, match="cannot read an image from") as raised:
-        load_image(text)
-    assert len(str(raised.value)) < 250
 
 
 class Pictures(BaseHTTPRequestHandler):
@@ -299,11 +304,12 @@ def test_downloads(chart, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(Pictures, "picture", chart.read_bytes())
     with ThreadingHTTPServer(("127.0.0.1", 0), Pictures) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/\u56fe 1.png"
         for form in (url, {"type": "image", "url": url}):
-            assert np.array_equal(load_image(form), as_array(chart))
-        with pytest.raises(ValueError, match=r"from 'http://127.*\.\.\..*x': HTTP Error 404") as raised:
+            assert load_image(form).tobytes() == load_image(chart).tobytes()
+        shortened = r"cannot read an image from 'http://127.*\.\.\..*x': HTTP Error 404"
+        with pytest.raises(ValueError, match=shortened) as raised:
             load_image(f"http://127.0.0.1:{server.server_port}/{'x' * 1000}")
         assert len(str(raised.value)) < 200
         server.shutdown()
@@ -311,27 +317,8 @@ def test_downloads(chart, monkeypatch):
         load_image(url)
 
 
-# -- pickling ----------------------------------------------------------------------------------------------------------
-
-IN_EITHER_ORDER = """
-import copy, pickle, sys, numpy, torch
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor
-for folder, order in zip(sys.argv[1:], ((AutoModel, AutoProcessor), (AutoProcessor, AutoModel))):
-    first, second, alone = (one.from_pretrained(folder, trust_remote_code=True) for one in (*order, AutoImageProcessor))
-    model = first if order[0] is AutoModel else second
-    for original in (first.image_processor, second.image_processor, alone):
-        for clone in (pickle.loads(pickle.dumps(original)), copy.deepcopy(original)):
-            assert clone.to_dict() == original.to_dict()
-            assert clone(numpy.zeros((9, 9)))["num_scales"].tolist() == [1]
-    clone = pickle.loads(pickle.dumps(model))
-    assert all(map(torch.equal, clone.parameters(), model.parameters()))
-"""
-
-
-def test_a_model_is_pickled_whether_it_or_its_processor_was_loaded_first(recordings, tmp_path):
-    source = recordings["qwen3"].folder
-    folders = [shutil.copytree(source, tmp_path / name) for name in ("model_first", "processor_first")]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", IN_EITHER_ORDER, *folders]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+@pytest.mark.parametrize("text", ["data:image/png;base64," + "A" * 10**6, "A" * 10**6, "x/" * 10**5, b"A" * 10**6])
+def test_a_long_source_is_cut_short_in_errors(text):
+    with pytest.raises(ValueError, match="cannot read an image from") as raised:
+        load_image(text)
+    assert len(str(raised.value)) < 250

@@ -1,11 +1,8 @@
 """The model against peers, and its paths against each other."""
 
-import copy
-from contextlib import contextmanager
-
 import pytest
 import torch
-from conftest import relative_error
+from conftest import refused, relative_error
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
@@ -22,30 +19,17 @@ from transformers import (
 from navil import modeling_navil as modeling
 from navil.configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 
-TEXT = {
-    "vocab_size": 200,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
+SIZE = {"hidden_size": 64, "intermediate_size": 96}
+TEXT = {**SIZE, "vocab_size": 200, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+VISION = {**SIZE, "num_hidden_layers": 3, "num_attention_heads": 2}
 IMAGE, START = 8, 10  # ids of <IMG_CONTEXT> and <img>
-
-
 DECODER = "model.language_model."
 
 
 def build(text: dict | None = None, vision: dict | None = None) -> modeling.NaViLForConditionalGeneration:
     """A small model with random weights, norms, scales and biases included."""
-    config = NaViLConfig(
-        vision_config={**VISION, **(vision or {})},
-        text_config={**TEXT, **(text or {})},
-        image_token_id=IMAGE,
-        image_start_token_id=START,
-    )
+    parts = {"vision_config": {**VISION, **(vision or {})}, "text_config": {**TEXT, **(text or {})}}
+    config = NaViLConfig(**parts, image_token_id=IMAGE, image_start_token_id=START)
     model = modeling.NaViLForConditionalGeneration(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -71,7 +55,7 @@ def image_inputs(*grids: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 
 def prompt(*cells: int, text: int = 7) -> torch.Tensor:
-    """(1, L) ids with an image of so many cells after each stretch of text."""
+    """(1, L) ids: for each image some text, <img> and its number of <IMG_CONTEXT>; then text."""
     ids = []
     for count in cells:
         ids += torch.randint(20, 200, (text,)).tolist() + [START] + [IMAGE] * count + [9]
@@ -108,10 +92,9 @@ def test_patch_positions_keep_merge_groups_together():
     assert positions.tolist() == [[0, 2], [0, 3], [1, 2], [1, 3], [4, 0], [4, 1], [5, 0], [5, 1]]
 
 
-def test_attention_leaves_cudnn_out_and_what_is_switched_off():
-    flash, efficient, math, cudnn = (
-        getattr(SDPBackend, name) for name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH", "CUDNN_ATTENTION")
-    )
+def test_attention_uses_the_enabled_backends_and_cudnn_only_if_alone():
+    names = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH", "CUDNN_ATTENTION")
+    flash, efficient, math, cudnn = (getattr(SDPBackend, name) for name in names)
     assert modeling.sdpa_backends() == [flash, efficient, math]
     with sdpa_kernel([math, cudnn]):
         assert modeling.sdpa_backends() == [math]
@@ -168,10 +151,8 @@ def test_text_decoder_equals_a_plain_llm(peer, variant):
     ids = torch.randint(0, 200, (2, 40))
     with torch.no_grad():
         assert relative_error(model(ids).logits, peer(ids).logits) < 1e-5
-    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    attention_mask = torch.ones_like(ids)
-    expected = peer.generate(ids, attention_mask=attention_mask, **greedy)
-    assert torch.equal(model.generate(ids, attention_mask=attention_mask, **greedy), expected)
+    greedy = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **greedy), peer.generate(ids, **greedy, pad_token_id=0))
 
 
 # -- experts -----------------------------------------------------------------------------------------------------------
@@ -199,32 +180,19 @@ def test_each_expert_runs_only_for_its_own_tokens():
     assert parts_that_matter(model, lambda: model(inputs_embeds=embeds, visual_token_mask=all_visual)) == {"visual"}
 
 
-def test_equal_experts_make_a_plain_llm():
-    model = build()
-    for name, parameter in model.named_parameters():
-        if ".visual." in name:
-            parameter.data = dict(model.named_parameters())[name.replace(".visual.", ".text.")].data
-    embeds = torch.randn(2, 30, 64)
-    mask = torch.rand(2, 30) < 0.5
-    with torch.no_grad():
-        mixed = model(inputs_embeds=embeds, visual_token_mask=mask).logits
-        plain = model(inputs_embeds=embeds).logits
-    assert relative_error(mixed, plain) < 1e-5
-
-
 def test_visual_token_mask_with_ready_embeddings_equals_pixels():
     model = build()
     ids, images = prompt(6), image_inputs((4, 6))
+    expected = model.generate(ids, **images, max_new_tokens=5)[:, ids.shape[1] :]
     with torch.no_grad():
-        expected = model(ids, **images).logits
         features = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
-        mask = model.model.get_visual_token_mask(ids)
         embeds = modeling.fill_slots(model.get_input_embeddings()(ids), ids == IMAGE, features)
-        assert torch.equal(model(inputs_embeds=embeds, visual_token_mask=mask).logits, expected)
-        generated = model.generate(
-            inputs_embeds=embeds, visual_token_mask=mask, attention_mask=torch.ones_like(ids), max_new_tokens=5
-        )
-        assert torch.equal(generated, model.generate(ids, **images, max_new_tokens=5)[:, ids.shape[1] :])
+        mixed = {"inputs_embeds": embeds, "visual_token_mask": model.model.get_visual_token_mask(ids)}
+        assert torch.equal(model(**mixed).logits, model(ids, **images).logits)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5}
+    assert torch.equal(model.generate(**mixed, **settings), expected)
+    settings["visual_token_mask"] = torch.rand(ids.shape) < 0.5
+    assert torch.equal(model.generate(ids, **settings, use_cache=False), model.generate(ids, **settings))
 
 
 # -- vision ------------------------------------------------------------------------------------------------------------
@@ -238,16 +206,14 @@ VISION_VARIANTS = {
 
 @pytest.mark.parametrize("variant", VISION_VARIANTS.values(), ids=VISION_VARIANTS)
 @pytest.mark.parametrize("order", ["window", "raster"])
-def test_packed_images_equal_separate_images(variant, order):
+def test_packed_images_and_frames_equal_separate_ones(variant, order):
     model = build(vision={**variant, "visual_token_order": order})
-    grids = [(4, 6), (10, 14), (4, 6), (2, 2), (14, 10)]
-    images = image_inputs(*grids)
+    grids = [(1, 4, 6), (1, 10, 14), (2, 4, 6), (1, 2, 2), (1, 14, 10)]
+    frames = [(1, rows, columns) for number, rows, columns in grids for _ in range(number)]
+    patches = [torch.randn(rows * columns, 768) for _, rows, columns in frames]
     with torch.no_grad():
-        packed = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
-        patches = images["pixel_values"].split([rows * columns for rows, columns in grids])
-        alone = [
-            model.get_image_features(p, torch.tensor([[1, *grid]])) for p, grid in zip(patches, grids, strict=True)
-        ]
+        packed = model.get_image_features(torch.cat(patches), torch.tensor(grids))
+        alone = [model.get_image_features(p, torch.tensor([frame])) for p, frame in zip(patches, frames, strict=True)]
     assert relative_error(packed, torch.cat(alone)) < 1e-5
 
 
@@ -264,51 +230,19 @@ def test_window_and_raster_order_hold_the_same_tokens(variant):
     assert torch.equal(windowed, raster[permutation])
 
 
-def test_frames_of_a_segment_do_not_see_each_other():
-    model = build()
-    patches = torch.randn(2 * 24, 768)
-    with torch.no_grad():
-        together = model.get_image_features(patches, torch.tensor([[2, 4, 6]]))
-        apart = model.get_image_features(patches, torch.tensor([[1, 4, 6], [1, 4, 6]]))
-    assert torch.equal(together, apart)
-
-
-def test_windowed_blocks_see_their_window_only():
-    model = build(vision={"fullatt_block_indexes": [], "window_size": 4})
-    patches = torch.randn(64, 768)
-    changed = patches.clone()
-    changed[:4] += 1.0  # the first cell, in the first of four windows of 2 x 2 cells
-    grid = torch.tensor([[1, 8, 8]])
-    with torch.no_grad():
-        different = (model.vision_model(patches, grid) - model.vision_model(changed, grid)).abs().sum((1, 2)) > 0
-    assert different.nonzero().flatten().tolist() == [0, 1, 4, 5]
-
-
 # -- one path against another ------------------------------------------------------------------------------------------
 
 
-def test_eager_equals_sdpa():
-    model = build(text={"qk_norm": True}, vision={"fullatt_block_indexes": [0]})
-    ids, images = prompt(35, 6), image_inputs((10, 14), (4, 6))
-    with torch.no_grad():
-        sdpa = with_implementation(model, "sdpa")(ids, **images).logits
-        eager = with_implementation(model, "eager")(ids, **images).logits
-    assert relative_error(eager, sdpa) < 1e-5
-    assert not torch.equal(eager, sdpa)  # two different computations
-
-
-def test_attention_of_another_name_is_refused_by_the_vision_encoder():
+def test_the_vision_encoder_refuses_an_attention_that_it_lacks():
     model = with_implementation(build(), "flex")
-    with refused("vision encoder's attention is one of .*'sdpa'.* got 'flex'"):
+    with pytest.raises(ValueError, match="vision encoder's attention is one of .*'sdpa'.* got 'flex'"):
         model.get_image_features(torch.zeros(4, 768), torch.tensor([[1, 2, 2]]))
 
 
-@pytest.mark.parametrize(
-    ("attention_mask", "past_length"), [(torch.ones(1, 1, 3, 3, dtype=torch.bool), 0), (None, None)]
-)
-def test_flash_attention_refuses_what_it_cannot_do(attention_mask, past_length):
-    with refused("neither a .* mask, as of packed rows, nor a static cache"):
-        modeling.CausalMask(attention_mask, torch.arange(3), past_length, "flash_attention_2", torch.float32)
+@pytest.mark.parametrize(("mask", "past_length"), [(torch.ones(1, 1, 3, 3, dtype=torch.bool), 0), (None, None)])
+def test_flash_attention_refuses_dense_masks_and_static_caches(mask, past_length):
+    with pytest.raises(ValueError, match="neither a .* mask, as of packed rows, nor a static cache"):
+        modeling.CausalMask(mask, torch.arange(3), past_length, "flash_attention_2", torch.float32)
 
 
 def test_autocast_gives_vision_attention_one_dtype(monkeypatch):
@@ -346,49 +280,24 @@ def test_pixels_survive_a_quantized_patch_embedding():
     assert relative_error(quantized, expected) < 0.05
 
 
-def test_output_attentions_are_causal_distributions():
-    model = build()
-    ids, images = prompt(6), image_inputs((4, 6))
-    with torch.no_grad():
-        outputs = model(ids, **images, output_attentions=True)
-        expected = model(ids, **images).logits
-    assert relative_error(outputs.logits, expected) < 1e-5
-    length = ids.shape[1]
-    for weights in outputs.attentions:
-        assert weights.shape == (1, 4, length, length)
-        assert torch.allclose(weights.sum(-1), torch.ones(1, 4, length))
-        assert weights.triu(1).abs().max() == 0
-
-
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_cached_equals_full_forward(implementation, cache):
     model = with_implementation(build(), implementation)
     ids, images = prompt(35), image_inputs((10, 14))
-    length = ids.shape[1]
+    length, prefill = ids.shape[1], ids.shape[1] - 5
+    past, mask = DynamicCache(), None
+    if cache == "static":
+        past = StaticCache(model.config.text_config, max_batch_size=1, max_cache_len=80, dtype=torch.float32)
+        mask = nn.functional.pad(torch.ones(1, prefill), (0, 80 - prefill))  # as long as the cache
     with torch.no_grad():
         expected = model(ids, **images).logits
-        if cache == "static":
-            past = StaticCache(model.config.text_config, max_batch_size=1, max_cache_len=80, dtype=torch.float32)
-        else:
-            past = DynamicCache()
-        prefill = length - 5
-        logits = [model(ids[:, :prefill], **images, past_key_values=past, use_cache=True).logits]
+        logits = [model(ids[:, :prefill], **images, attention_mask=mask, past_key_values=past, use_cache=True).logits]
         # Two tokens at once, then one by one.
         for start, stop in ((prefill, prefill + 2), *((i, i + 1) for i in range(prefill + 2, length))):
             position = torch.arange(start, stop)
             logits.append(model(ids[:, start:stop], past_key_values=past, cache_position=position).logits)
     assert relative_error(torch.cat(logits, dim=1), expected) < 1e-5
-
-
-def test_static_cache_takes_a_mask_as_long_as_itself():
-    model = build()
-    ids = prompt()
-    past = StaticCache(model.config.text_config, max_batch_size=1, max_cache_len=32, dtype=torch.float32)
-    attention_mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 32 - ids.shape[1]))
-    with torch.no_grad():
-        expected = model(ids).logits
-        assert relative_error(model(ids, attention_mask=attention_mask, past_key_values=past).logits, expected) < 1e-5
 
 
 def padded_batch():
@@ -411,55 +320,23 @@ def padded_batch():
 def test_left_padded_batch_equals_single(implementation):
     model = with_implementation(build(), implementation)
     ids, attention_mask, images, alone = padded_batch()
+
+    def new_ids(**settings):
+        together = model.generate(ids, attention_mask=attention_mask, **images, max_new_tokens=6, **settings)
+        return together[:, ids.shape[1] :]
+
     with torch.no_grad():
         batched = model(ids, attention_mask=attention_mask, **images).logits
-        generated = model.generate(ids, attention_mask=attention_mask, **images, max_new_tokens=6)
-        for row, (single_ids, single_images) in enumerate(alone):
-            length = single_ids.shape[1]
-            assert relative_error(batched[row, -length:], model(single_ids, **single_images).logits[0]) < 1e-5
-            single = model.generate(single_ids, **single_images, max_new_tokens=6)
-            assert torch.equal(generated[row, -length - 6 :], single[0])
-
-
-def test_images_of_a_batch_do_not_see_each_other():
-    model = build()
-    ids, attention_mask, images, _ = padded_batch()
-    other = dict(images, pixel_values=images["pixel_values"].clone())
-    other["pixel_values"][:24] += 1.0  # the first prompt's image
-    with torch.no_grad():
-        before = model(ids, attention_mask=attention_mask, **images).logits
-        after = model(ids, attention_mask=attention_mask, **other).logits
-    assert torch.equal(before[1], after[1])
-    assert not torch.equal(before[0], after[0])
-
-
-def test_static_cache_generates_the_same():
-    model = build()
-    ids, attention_mask, images, _ = padded_batch()
-    settings = {"attention_mask": attention_mask, **images, "max_new_tokens": 6}
-    dynamic = model.generate(ids, **settings)
-    assert torch.equal(model.generate(ids, **settings, cache_implementation="static"), dynamic)
-    assert torch.equal(model.generate(ids, **settings, use_cache=False), dynamic)
-
-
-def test_beams_and_several_sequences_keep_their_images():
-    model = build()
-    ids, attention_mask, images, alone = padded_batch()
-    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5}
-    together = model.generate(ids, attention_mask=attention_mask, **images, **beams)
+    greedy, beams = new_ids(), {"num_beams": 3, "num_return_sequences": 2}
+    several = new_ids(**beams)
     for row, (single_ids, single_images) in enumerate(alone):
-        single = model.generate(single_ids, **single_images, **beams)
-        assert torch.equal(together[2 * row : 2 * row + 2, -single.shape[1] :], single)
-
-
-def test_a_prompt_goes_on_from_its_cache():
-    model = build()
-    ids, images = prompt(35, 6), image_inputs((10, 14), (4, 6))
-    whole = model.generate(ids, **images, max_new_tokens=8)
-    first = model.generate(ids, **images, max_new_tokens=4, return_dict_in_generate=True)
-    for options in (images, {}):
-        past = copy.deepcopy(first.past_key_values)
-        assert torch.equal(model.generate(first.sequences, **options, past_key_values=past, max_new_tokens=4), whole)
+        length, settings = single_ids.shape[1], {**single_images, "max_new_tokens": 6}
+        with torch.no_grad():
+            assert relative_error(batched[row, -length:], model(single_ids, **single_images).logits[0]) < 1e-5
+        assert torch.equal(greedy[row], model.generate(single_ids, **settings)[0, length:])
+        assert torch.equal(several[2 * row : 2 * row + 2], model.generate(single_ids, **settings, **beams)[:, length:])
+    assert torch.equal(new_ids(cache_implementation="static"), greedy)
+    assert torch.equal(new_ids(use_cache=False), greedy)
 
 
 def test_the_cache_goes_by_either_name():
@@ -473,24 +350,6 @@ def test_the_cache_goes_by_either_name():
         assert caches[1].get_seq_length() == 9
         with refused("two names of one thing"):
             part(ids[:, 6:], past_key_values=caches[0], cache=caches[1])
-
-
-def test_visual_token_mask_without_a_cache():
-    model = build()
-    embeds, mask = torch.randn(1, 12, 64), torch.rand(1, 12) < 0.5
-    settings = {"inputs_embeds": embeds, "visual_token_mask": mask, "attention_mask": torch.ones_like(mask).long()}
-    ids = torch.randint(20, 200, (1, 12))
-    cached = model.generate(ids, visual_token_mask=mask, max_new_tokens=4)
-    assert torch.equal(model.generate(ids, visual_token_mask=mask, max_new_tokens=4, use_cache=False), cached)
-    assert model.generate(**settings, max_new_tokens=4).shape == (1, 4)
-
-
-def test_an_image_too_many_is_refused_for_beams_too():
-    model = build()
-    ids, images = prompt(6), image_inputs((4, 6), (4, 6))
-    for options in ({}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}):
-        with refused("6 <IMG_CONTEXT> tokens but the images give 12 visual tokens"):
-            model.generate(ids, **images, max_new_tokens=2, **options)
 
 
 @pytest.mark.parametrize("generated", [IMAGE, START])
@@ -508,24 +367,14 @@ def test_generated_image_tokens_are_text(generated):
     assert torch.equal(model.generate(ids, **images, **settings, use_cache=False), cached)
 
 
-def test_pixels_are_encoded_once_per_generation():
+def test_pixels_are_encoded_once_per_generation_and_not_for_text():
     model = build()
     calls = []
     model.vision_model.register_forward_hook(lambda *_: calls.append(1))
     model.generate(prompt(6), **image_inputs((4, 6)), max_new_tokens=5)
-    assert len(calls) == 1
     model.train()
     model.generate(prompt(), max_new_tokens=5)
     assert len(calls) == 1
-
-
-def test_rejected_candidates_leave_no_logits():
-    class Generator:
-        def get_candidates(self, ids):
-            return torch.cat([ids, torch.tensor([[IMAGE, 30]])], dim=1), torch.zeros(1, 2, 200)
-
-    candidates, logits = modeling.TextCandidates(Generator(), IMAGE).get_candidates(torch.tensor([[20, 21]]))
-    assert candidates.tolist() == [[20, 21]] and logits is None
 
 
 def test_logits_to_keep():
@@ -537,24 +386,18 @@ def test_logits_to_keep():
         assert relative_error(model(ids, **images, logits_to_keep=torch.tensor([0, 4])).logits, full[:, [0, 4]]) < 1e-6
 
 
-def test_hidden_states_are_in_sequence_order():
-    model = build()
+def test_hidden_states_and_attentions_are_returned_as_asked_or_configured():
+    model = with_implementation(build(), "eager")  # later transformers allow output_attentions in a config for it only
     ids, images = prompt(6), image_inputs((4, 6))
     with torch.no_grad():
         outputs = model(ids, **images, output_hidden_states=True)
         features = model.get_image_features(images["pixel_values"], images["image_grid_thw"])
         embeds = modeling.fill_slots(model.get_input_embeddings()(ids), ids == IMAGE, features)
-    assert len(outputs.hidden_states) == 3
-    assert torch.equal(outputs.hidden_states[0], embeds)
-
-
-def test_outputs_follow_the_config():
-    model = with_implementation(build(), "eager")  # of which later transformers let a config ask for weights
-    model.config.output_hidden_states = model.config.output_attentions = True
-    with torch.no_grad():
-        outputs = model(prompt(6), **image_inputs((4, 6)))
+        assert torch.equal(outputs.hidden_states[0], embeds)  # in the order of the sequence
+        model.config.output_hidden_states = model.config.output_attentions = True
+        outputs = model(ids, **images)
         assert len(outputs.hidden_states) == 3 and outputs.attentions[1].shape[1] == 4
-        assert model(prompt(6), **image_inputs((4, 6)), output_hidden_states=False).hidden_states is None
+        assert model(ids, **images, output_hidden_states=False).hidden_states is None
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -602,8 +445,7 @@ def test_sequences_beyond_the_context_are_rescaled_one_by_one():
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_initialisation_is_finite_and_small():
-    torch.manual_seed(1)
+def test_new_weights_are_small_and_biases_zero():
     model = modeling.NaViLForConditionalGeneration(NaViLConfig(vision_config=VISION, text_config=TEXT))
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
@@ -618,79 +460,75 @@ def test_initialisation_is_finite_and_small():
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
+IMAGES = image_inputs((4, 6))
+PIXELS, GRID = IMAGES["pixel_values"], IMAGES["image_grid_thw"]
+ONES = torch.ones(1, 20, dtype=torch.long)
+BAD_INPUTS = [
+    ("5 <IMG_CONTEXT> tokens but the images give 6 visual tokens", lambda model: model(prompt(5), **IMAGES)),
+    ("7 <IMG_CONTEXT> tokens but the images give 6 visual tokens", lambda model: model(prompt(7), **IMAGES)),
+    ("describes 16 patches but pixel_values has 24", lambda model: give(model, PIXELS, [[1, 4, 4]])),
+    ("positive, rows and columns multiples of 2; got [1, 3, 8]", lambda model: give(model, PIXELS, [[1, 3, 8]])),
+    ("(scales, 3) whole numbers, at least one scale; got (3,)", lambda model: give(model, PIXELS, [1, 4, 6])),
+    ("6 <IMG_CONTEXT> tokens but the images give 0 visual", lambda model: give(model, PIXELS[:0], GRID[:0].tolist())),
+    ("700 numbers per patch, expected 768", lambda model: give(model, PIXELS[:, :700], [[1, 4, 6]])),
+    ("adds up to 2 but image_grid_thw has 1 scales", lambda model: give(model, PIXELS, [[1, 4, 6]], torch.tensor([2]))),
+    ("needs image_grid_thw, and input_ids or inputs_embeds", lambda model: model(prompt(6), pixel_values=PIXELS)),
+    ("exactly one of input_ids and inputs_embeds", lambda model: model.language_model()),
+    ("exactly one of input_ids and inputs_embeds", lambda model: model()),
+    ("exactly one of input_ids and inputs_embeds", lambda model: model(ONES, inputs_embeds=torch.zeros(1, 20, 64))),
+    (
+        "visual_token_mask is (1, 3) but the tokens are (1, 20)",
+        lambda model: model.language_model(ONES, visual_token_mask=torch.ones(1, 3, dtype=torch.bool)),
+    ),
+    ("attention_mask must be", lambda model: model(ONES, attention_mask=torch.ones(1, 20, 20))),
+    ("got (1, 20, 20)", lambda model: model(ONES, attention_mask=torch.ones(1, 20, 20))),
+    ("covers 3 keys but there are at least 20", lambda model: model(ONES, attention_mask=torch.ones(1, 3))),
+    ("covers 30 keys but there are 20", lambda model: model(ONES, attention_mask=torch.ones(1, 30))),
+    ("labels are (1, 20) but logits cover (1, 1)", lambda model: model(ONES, labels=ONES, logits_to_keep=1)),
+]
 
-@contextmanager
-def refused(message: str):
-    with torch.no_grad(), pytest.raises(ValueError, match=message):
-        yield
+
+def give(model, pixel_values, grids, num_scales=None):
+    return model(prompt(6), pixel_values=pixel_values, image_grid_thw=torch.tensor(grids), num_scales=num_scales)
 
 
-def test_bad_inputs_are_refused_with_both_numbers():
-    model = build()
-    images = image_inputs((4, 6))
-    with refused("5 <IMG_CONTEXT> tokens but the images give 6 visual tokens"):
-        model(prompt(5), **images)
-    with refused("7 <IMG_CONTEXT> tokens but the images give 6 visual tokens"):
-        model(prompt(7), **images)
-    with refused("describes 16 patches but pixel_values has 24"):
-        model(prompt(6), pixel_values=images["pixel_values"], image_grid_thw=torch.tensor([[1, 4, 4]]))
-    with refused(r"positive, rows and columns multiples of 2; got \[1, 3, 8\]"):
-        model(prompt(6), pixel_values=images["pixel_values"], image_grid_thw=torch.tensor([[1, 3, 8]]))
-    with refused(r"\(scales, 3\) whole numbers, at least one scale; got \(3,\)"):
-        model(prompt(6), pixel_values=images["pixel_values"], image_grid_thw=torch.tensor([1, 4, 6]))
-    with refused("6 <IMG_CONTEXT> tokens but the images give 0 visual tokens"):
-        model(prompt(6), pixel_values=torch.zeros(0, 768), image_grid_thw=torch.zeros(0, 3, dtype=torch.long))
-    with refused("700 numbers per patch, expected 768"):
-        model(prompt(6), pixel_values=torch.zeros(24, 700), image_grid_thw=images["image_grid_thw"])
-    with refused("adds up to 2 but image_grid_thw has 1 scales"):
-        model(prompt(6), **{**images, "num_scales": torch.tensor([2])})
-    with refused("needs image_grid_thw, and input_ids or inputs_embeds"):
-        model(prompt(6), pixel_values=images["pixel_values"])
-    with refused("exactly one of input_ids and inputs_embeds"):
-        model.language_model()
-    with refused(r"visual_token_mask is \(1, 3\) but the tokens are \(1, 4\)"):
-        model.language_model(torch.ones(1, 4, dtype=torch.long), visual_token_mask=torch.ones(1, 3, dtype=torch.bool))
-    with refused(r"attention_mask must be .* got \(1, 20, 20\)"):
-        model(torch.ones(1, 20, dtype=torch.long), attention_mask=torch.ones(1, 20, 20))
-    with refused("covers 3 keys but there are at least 20"):
-        model(torch.ones(1, 20, dtype=torch.long), attention_mask=torch.ones(1, 3))
-    with refused("covers 30 keys but there are 20"):
-        model(torch.ones(1, 20, dtype=torch.long), attention_mask=torch.ones(1, 30))
-    with refused("exactly one of input_ids and inputs_embeds"):
-        model()
-    with refused("exactly one of input_ids and inputs_embeds"):
-        model(prompt(6), inputs_embeds=torch.zeros(1, 22, 64))
-    with refused(r"labels are \(1, 20\) but logits cover \(1, 1\)"):
-        ids = torch.ones(1, 20, dtype=torch.long)
-        model(ids, labels=ids, logits_to_keep=1)
+@pytest.mark.parametrize(("message", "call"), BAD_INPUTS, ids=[message for message, _ in BAD_INPUTS])
+def test_bad_inputs_are_refused_with_both_numbers(message, call):
+    with torch.no_grad(), refused(message):
+        call(build())
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_generate_refuses_more_images_than_slots_and_unset_token_ids(settings):
+    model, ids = build(), prompt(6)
+    with refused("6 <IMG_CONTEXT> tokens but the images give 12 visual tokens"):
+        model.generate(ids, **image_inputs((4, 6), (4, 6)), max_new_tokens=2, **settings)
     model.config.image_token_id = None
     with refused("call init_special_token_ids"):
-        model(prompt(6), **images)
+        model(ids, **IMAGES)
 
 
-def test_configs_refuse_sizes_that_do_not_fit():
-    for settings, message in (
-        ({"hidden_size": 66}, "66 does not divide by 8"),
-        ({"window_size": 5}, "5 does not divide by 2"),
-        ({"norm_type": "batch_norm"}, "batch_norm"),
-        ({"visual_token_order": "random"}, "random"),
-        ({"fullatt_block_indexes": [0, 3]}, r"\[3\] lie outside the 3 blocks"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            NaViLVisionConfig(**{**VISION, **settings})
-    for settings, message in (
-        ({"num_key_value_heads": 3}, "4 does not divide by 3"),
-        ({"head_dim": 15}, "15 does not divide by 2"),
-        ({"hidden_size": 66}, "66 does not divide by 4"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 0.5}}, "0.5"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            NaViLTextConfig(**{**TEXT, **settings})
-    for settings, message in (
-        ({"min_dynamic_patch": 9, "max_dynamic_patch": 8}, "9 is larger than max_dynamic_patch 8"),
-        ({"scale_downsample_ratio": 1.5}, "1.5"),
-        ({"image_token_id": 200}, "200 lies outside the vocabulary of 200"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            NaViLConfig(vision_config=VISION, text_config=TEXT, **settings)
+@pytest.mark.parametrize(
+    ("config_class", "settings", "message"),
+    [
+        (NaViLVisionConfig, {"hidden_size": 66}, "66 does not divide by 8"),
+        (NaViLVisionConfig, {"window_size": 5}, "5 does not divide by 2"),
+        (NaViLVisionConfig, {"norm_type": "batch_norm"}, "batch_norm"),
+        (NaViLVisionConfig, {"visual_token_order": "random"}, "random"),
+        (NaViLVisionConfig, {"fullatt_block_indexes": [0, 3]}, "[3] lie outside the 3 blocks"),
+        (NaViLTextConfig, {"num_key_value_heads": 3}, "4 does not divide by 3"),
+        (NaViLTextConfig, {"head_dim": 15}, "15 does not divide by 2"),
+        (NaViLTextConfig, {"hidden_size": 66}, "66 does not divide by 4"),
+        (NaViLTextConfig, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        (NaViLTextConfig, {"rope_scaling": {"rope_type": "dynamic", "factor": 0.5}}, "0.5"),
+        (NaViLConfig, {"min_dynamic_patch": 9, "max_dynamic_patch": 8}, "9 is larger than max_dynamic_patch 8"),
+        (NaViLConfig, {"scale_downsample_ratio": 1.5}, "1.5"),
+        (NaViLConfig, {"image_token_id": 200}, "200 lies outside the vocabulary of 200"),
+    ],
+)
+def test_configs_refuse_sizes_that_do_not_fit(config_class, settings, message):
+    whole = {"vision_config": VISION, "text_config": TEXT}
+    valid = {NaViLVisionConfig: VISION, NaViLTextConfig: TEXT, NaViLConfig: whole}[config_class]
+    config_class(**valid)
+    with refused(message):
+        config_class(**{**valid, **settings})

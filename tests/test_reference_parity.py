@@ -10,13 +10,15 @@ WITH_IMAGES = ("single", "two_images", "multi_turn")
 
 
 @pytest.mark.parametrize("case", WITH_IMAGES)
-def test_visual_tokens(recording, case):
-    tensors = recording.tensors(case)
+def test_visual_tokens_and_their_mask(recording, case):
+    tensors, model = recording.tensors(case), recording.model
     with torch.no_grad():
-        flat = recording.model.get_image_features(tensors["pixel_values"].flatten(1), tensors["image_grid_thw"])
-        square = recording.model.get_image_features(tensors["pixel_values"], tensors["image_grid_thw"])
+        flat = model.get_image_features(tensors["pixel_values"].flatten(1), tensors["image_grid_thw"])
+        square = model.get_image_features(tensors["pixel_values"], tensors["image_grid_thw"])
     assert relative_error(flat, tensors["visual_embeds"]) < TOLERANCE
     assert torch.equal(flat, square)
+    mask = model.model.get_visual_token_mask(tensors["input_ids"])
+    assert torch.equal(mask, tensors["visual_token_mask"].bool())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -39,13 +41,6 @@ def test_losses(recording, case):
     assert weighted_loss.item() == pytest.approx(tensors["weighted_loss"].item(), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", WITH_IMAGES)
-def test_visual_token_mask(recording, case):
-    tensors = recording.tensors(case)
-    mask = recording.model.model.get_visual_token_mask(tensors["input_ids"])
-    assert torch.equal(mask, tensors["visual_token_mask"].bool())
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_prompt_and_ids_from_chat_and_from_processor(recording, case):
     recorded, expected_ids = recording.cases[case], recording.tensors(case)["input_ids"]
@@ -66,7 +61,7 @@ def test_prompt_and_ids_from_chat_and_from_processor(recording, case):
         messages.append({"role": "user", "content": parts})
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
-    inputs = recording.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = recording.encode(messages)
     assert torch.equal(inputs["input_ids"], expected_ids)
     if images:
         assert torch.equal(inputs["pixel_values"], recording.tensors(case)["pixel_values"].flatten(1))

@@ -6,11 +6,12 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BACKBONES, recorded_image, relative_error
+from conftest import BACKBONES, conversation, recorded_image, relative_error
 from transformers import StoppingCriteria, TextStreamer
 
 SHORT = {"max_new_tokens": 4}
@@ -23,11 +24,8 @@ HALF_PRECISION_ERROR = {torch.bfloat16: 0.04, torch.float16: 0.004}
 
 @pytest.fixture(scope="module")
 def in_half_precision(recordings):
-    return {
-        (name, dtype): copy.deepcopy(recordings[name].model).to(dtype)
-        for name in BACKBONES
-        for dtype in HALF_PRECISION_ERROR
-    }
+    kinds = [(name, dtype) for name in BACKBONES for dtype in HALF_PRECISION_ERROR]
+    return {(name, dtype): copy.deepcopy(recordings[name].model).to(dtype) for name, dtype in kinds}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -65,16 +63,16 @@ def test_padding_stays_finite_in_half_precision(in_half_precision, dtype, attent
 # -- load --------------------------------------------------------------------------------------------------------------
 
 
-def questions(recording):
+def questions(recording, max_new_tokens=4):
     """Chats of every kind, each as a call without arguments."""
     images = [recorded_image(90, 60, 0), recorded_image(60, 90, 1)]
-    chat, tokenizer = recording.model.chat, recording.tokenizer
+    chat, tokenizer, short = recording.model.chat, recording.tokenizer, {"max_new_tokens": max_new_tokens}
     return [
-        lambda: chat(tokenizer, None, "Hello?", SHORT),
-        lambda: chat(tokenizer, images[0], "What is it?", SHORT),
-        lambda: chat(tokenizer, images, "What differs?", SHORT),
-        lambda: chat(tokenizer, images[1], "And now?", SHORT, history=[("<image>\nWhat?", "That.")]),
-        lambda: chat(tokenizer, images[1], "Beams?", {**SHORT, "num_beams": 2}),
+        lambda: chat(tokenizer, None, "Hello?", short),
+        lambda: chat(tokenizer, images[0], "What is it?", short),
+        lambda: chat(tokenizer, images, "What differs?", short),
+        lambda: chat(tokenizer, images[1], "And now?", short, history=[("<image>\nWhat?", "That.")]),
+        lambda: chat(tokenizer, images[1], "Beams?", {**short, "num_beams": 2}),
     ]
 
 
@@ -86,7 +84,7 @@ def resident_memory() -> int:
 
 def test_200_chats_give_the_same_answers_and_leave_nothing_behind(recordings):
     model = recordings["qwen3"].model
-    asked = questions(recordings["qwen3"])
+    asked = questions(recordings["qwen3"], max_new_tokens=2)
     expected = [ask() for ask in asked]
     for ask in asked:  # fills caches of Python and torch
         ask()
@@ -103,21 +101,9 @@ def test_200_chats_give_the_same_answers_and_leave_nothing_behind(recordings):
 
 
 def in_threads(count: int, work) -> None:
-    errors = []
-
-    def run(index: int) -> None:
-        try:
-            work(index)
-        except BaseException as error:  # an assertion in a thread would go unseen
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    """Runs work(0), work(1), ... at once and raises the first error."""
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, range(count)))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -154,14 +140,11 @@ def test_threads_have_their_own_static_caches(recordings):
 
 def test_8_threads_share_one_processor(recordings):
     """The Rust tokenizer said "Already borrowed" when one thread set the padding while another encoded or decoded."""
-    processor = recordings["qwen3"].processor
+    processor, tokenizer = recordings["qwen3"].processor, recordings["qwen3"].processor.tokenizer
     prompts = [["a b c", "a" * length] for length in range(1, 60)]
     expected = [processor(text=pair, padding=True)["input_ids"] for pair in prompts]
     ids = processor(text="hello " * 60)["input_ids"][0]
-    text = processor.decode(ids)
-
-    tokenizer = processor.tokenizer
-    tokens = tokenizer.tokenize("hello")
+    text, tokens = processor.decode(ids), tokenizer.tokenize("hello")
 
     def work(index: int) -> None:
         for pair, padded in zip(prompts, expected, strict=True):
@@ -177,40 +160,45 @@ def test_8_threads_share_one_processor(recordings):
     in_threads(8, work)
 
 
+def ends_in_time(child: int, seconds: float) -> bool:
+    """Waits for a forked process and kills it if it takes longer."""
+    deadline = time.monotonic() + seconds
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return False
+        time.sleep(0.01)
+    return True
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 def test_a_process_forks_while_a_thread_prepares_prompts(recordings, monkeypatch):
     """As `DataLoader` workers do. They found the locks of Rust taken by a thread that they do not have."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     processor, done = recordings["qwen3"].processor, threading.Event()
-    content = [{"type": "image", "image": recorded_image(90, 60, 0)}, {"type": "text", "text": "a b " * 500}]
+    chat = conversation("a b " * 500, recorded_image(90, 60, 0))
 
-    def work(_) -> None:
+    def work() -> None:
         while not done.is_set():
             processor(text=["some text " * 500, "a"], padding=True)
-            processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
+            processor.apply_chat_template(chat, tokenize=True)
 
-    threads = [threading.Thread(target=work, args=(None,), daemon=True) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    hung = 0
-    for _ in range(10):
+    def forked_process_ends_in_time() -> bool:
         time.sleep(0.01)
         child = os.fork()
         if child == 0:
             processor.apply_chat_template([{"role": "user", "content": "a"}], tokenize=True)
             os._exit(0)
-        deadline = time.monotonic() + 10
-        while os.waitpid(child, os.WNOHANG)[0] == 0:
-            time.sleep(0.01)
-            if time.monotonic() > deadline:
-                hung += 1
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                break
-    done.set()
-    for thread in threads:
-        thread.join()
-    assert hung == 0
+        return ends_in_time(child, seconds=10)
+
+    with ThreadPoolExecutor(2) as pool:
+        busy = [pool.submit(work) for _ in range(2)]
+        try:
+            assert all([forked_process_ends_in_time() for _ in range(10)])
+        finally:
+            done.set()
+        assert [future.result() for future in busy] == [None, None]
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------

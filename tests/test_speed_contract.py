@@ -1,28 +1,26 @@
-"""What the speed rests on, shown without a clock: no work is done twice, and the host waits for nothing."""
+"""What the speed rests on, without timing: no work is done twice, and no host sync is needless."""
 
-import pytest
 import torch
-from conftest import relative_error
 from test_modeling import build, image_inputs, prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
-SYNCHRONISING = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique")
+SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique")
 
 
 class Operations(TorchDispatchMode):
-    """Notes what reaches the kernels: host syncs, multiplications in matrix products, keys of attention."""
+    """Records what reaches the kernels: host syncs, multiplications in matrix products, keys of fused attention."""
 
     def __init__(self):
         super().__init__()
         self.num_syncs = 0
         self.multiplications = 0
-        self.attended_keys = []  # what fused attention got
+        self.attended_keys = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        self.num_syncs += any(part in name for part in SYNCHRONISING)
+        self.num_syncs += any(part in name for part in SYNCHRONIZING)
         if name in ("mm", "addmm"):
             left = args[-2]
             self.multiplications += result.numel() * left.shape[-1]
@@ -37,16 +35,13 @@ def count(work) -> Operations:
     return operations
 
 
-@pytest.mark.parametrize("depth", [2, 5])
-def test_a_forward_has_as_many_host_syncs_whatever_its_depth(depth):
-    model = build({"num_hidden_layers": depth}, {"num_hidden_layers": depth})
+def test_host_syncs_do_not_grow_with_depth():
     ids, images = prompt(6, 4), image_inputs((4, 6), (4, 4))
-    shallow = build({"num_hidden_layers": 1}, {"num_hidden_layers": 1})
-    operations, reference = (count(lambda m=m: m(ids, **images)) for m in (model, shallow))
-    assert operations.num_syncs == reference.num_syncs > 0
+    shallow, deep = (build({"num_hidden_layers": depth}, {"num_hidden_layers": depth}) for depth in (1, 5))
+    assert count(lambda: deep(ids, **images)).num_syncs == count(lambda: shallow(ids, **images)).num_syncs > 0
 
 
-def test_a_decoding_step_on_a_static_cache_has_no_host_sync_and_is_one_graph():
+def test_decoding_step_on_a_static_cache_has_no_host_sync_and_is_one_graph():
     model = build()
     config, position = model.config.text_config, torch.tensor([3])
     inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long), "position_ids": position[None]}
@@ -61,8 +56,8 @@ def test_a_decoding_step_on_a_static_cache_has_no_host_sync_and_is_one_graph():
         assert torch.equal(step(torch.compile(model, backend="eager", fullgraph=True)), expected)
 
 
-def test_a_decoding_step_reads_the_cached_keys_themselves():
-    """Keys are shared by groups of heads; no copy of them is made for every head."""
+def test_decoding_step_copies_no_cached_keys():
+    """Heads that share keys read the same memory."""
     model = build()
     cache = StaticCache(model.config.text_config, max_batch_size=2, max_cache_len=8, device="cpu", dtype=torch.float32)
     ids, position = torch.ones(2, 1, dtype=torch.long), torch.tensor([3])
@@ -71,7 +66,7 @@ def test_a_decoding_step_reads_the_cached_keys_themselves():
 
 
 def test_mixed_tokens_cost_as_many_multiplications_as_text():
-    """Each expert works on its own tokens: three quarters of the tokens visual, not one product more."""
+    """Each expert runs on its own tokens only; here 75 % of the tokens are visual."""
     model = build()
     ids = torch.ones(2, 16, dtype=torch.long)
     visual = torch.zeros(2, 16, dtype=torch.bool)
@@ -80,8 +75,8 @@ def test_mixed_tokens_cost_as_many_multiplications_as_text():
     assert mixed.multiplications == text.multiplications > 0
 
 
-def test_vision_costs_grow_with_the_patches_alone():
-    """Packing two pictures costs what they cost one by one: nothing is padded."""
+def test_packed_images_cost_as_much_as_single_ones():
+    """Nothing is padded."""
     vision = build().vision_model
 
     def work(*grids: tuple[int, int]) -> int:
@@ -97,5 +92,3 @@ def test_logits_are_computed_only_where_they_are_kept():
     all_logits, last = count(lambda: model(ids)), count(lambda: model(ids, logits_to_keep=1))
     head = model.lm_head.weight.numel()
     assert all_logits.multiplications - last.multiplications == 11 * head
-    with torch.no_grad():
-        assert relative_error(model(ids, logits_to_keep=1).logits, model(ids).logits[:, -1:]) < 1e-6

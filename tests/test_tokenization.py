@@ -1,8 +1,4 @@
-"""The tokenizer: the ids of SentencePiece and Qwen2, chat templates, settings that survive saving, image slots.
-
-Control and grounding tokens in messages are tested in test_hostile_prompts.py, real vocabularies in
-test_conversion_tokenizers.py, recorded prompts in test_reference_parity.py.
-"""
+"""Tokenizer: InternLM2's SentencePiece exactly, chat templates, image slots."""
 
 import json
 import random
@@ -10,7 +6,7 @@ import shutil
 
 import pytest
 import sentencepiece
-from conftest import FIXTURES, ROOT
+from conftest import FIXTURES, ROOT, conversation, refused
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
@@ -78,19 +74,17 @@ def test_qwen_vocabulary_files_equal_the_slow_tokenizer(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     converted = convert_tokenizer(tmp_path)
     peer = Qwen2Tokenizer.from_pretrained(tmp_path)
-    for text in ("What is it?", "<|im_start|>user\n人工智能 is <ref>it</ref>  12,5%<|im_end|>", " \t\n x"):
+    for text in ("Please describe it.", "<|im_start|>user\n人工智能 is <ref>it</ref>  12,5%<|im_end|>", " \t\n x"):
         assert converted(text)["input_ids"] == peer(text)["input_ids"]
 
 
-# -- chat templates ----------------------------------------------------------------------------------------------------
-
-HELLO = [{"role": "user", "content": "a"}]
-
-
-def test_a_text_is_a_text_part_and_the_system_message_has_a_default(recording):
-    in_parts = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
-    conversations = [HELLO, in_parts, [{"role": "system", "content": DEFAULT_SYSTEM_MESSAGE}, *HELLO]]
-    assert len(set(recording.tokenizer.apply_chat_template(conversations, tokenize=False))) == 1
+def test_template_is_the_recorded_prompt(recording):
+    recorded = recording.cases["text_only"]
+    text = [{"role": "user", "content": recorded["question"]}]
+    parts = conversation(recorded["question"])
+    for messages in (text, parts, [{"role": "system", "content": DEFAULT_SYSTEM_MESSAGE}, *parts]):
+        prompt = recording.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert prompt == recorded["prompt"]
 
 
 def blank_tokenizer(**options) -> NaViLTokenizer:
@@ -104,11 +98,9 @@ def rendered(template: str, system_message: str, messages: list[dict], **options
 
 
 def test_templates_in_full():
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    ]
+    parts = [{"type": "image"}, {"type": "text", "text": "a"}]
+    turns = [("user", parts), ("assistant", "b"), ("user", "c")]
+    messages = [{"role": role, "content": content} for role, content in turns]
     assert rendered("internlm2-chat", "s'\\\n{{x}}", messages, add_generation_prompt=True) == (
         "<|im_start|>system\ns'\\\n{{x}}<|im_end|><|im_start|>user\n<image>\na<|im_end|>"
         "<|im_start|>assistant\nb<|im_end|><|im_start|>user\nc<|im_end|><|im_start|>assistant\n"
@@ -117,56 +109,49 @@ def test_templates_in_full():
         "<|im_start|>system\n<|im_end|><|im_start|>user\n<image>\na<|im_end|>"
         "<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|><|im_start|>user\nc<|im_end|>"
     )
-    with pytest.raises(ValueError, match="llama-chat"):
+    with refused("llama-chat"):
         chat_template("llama-chat")
 
 
-def test_thinking_is_left_to_the_model():
-    messages = [*HELLO, {"role": "assistant", "content": "b"}]
+def test_enable_thinking_leaves_thinking_to_the_model():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     options = {"messages": messages, "add_generation_prompt": True}
+    default = rendered("qwen3-chat", "s", **options)
+    assert default == rendered("qwen3-chat", "s", **options, enable_thinking=False)
+    assert default.endswith("b<|im_end|><|im_start|>assistant\n<think>\n\n</think>\n\n")
     thinking = rendered("qwen3-chat", "s", **options, enable_thinking=True)
-    assert thinking.endswith("b<|im_end|><|im_start|>assistant\n")
-    assert rendered("qwen3-chat", "s", **options, enable_thinking=False) == thinking + "<think>\n\n</think>\n\n"
-    with pytest.raises(ValueError, match="unknown keyword enable_thinking=True"):
-        rendered("internlm2-chat", "s", **options, enable_thinking=True)
+    assert thinking == default.removesuffix("<think>\n\n</think>\n\n")
+    with refused("unknown keyword enable_thinking=True"):
+        rendered("internlm2-chat", "s", messages, enable_thinking=True)
 
 
-def test_template_and_system_message_are_settings_of_loading_and_saving(tmp_path):
-    tokenizer = blank_tokenizer(template="qwen3-chat", system_message="Hi.", spaces_between_special_tokens=True)
-    tokenizer.save_pretrained(tmp_path)
-
-    def load(folder=tmp_path, **options):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=True, **options)
+def test_system_message_and_template_are_chosen_at_load_and_saved(tmp_path):
+    settings = {"template": "qwen3-chat", "system_message": "Hi.", "spaces_between_special_tokens": True}
+    blank_tokenizer(**settings).save_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "a"}]
 
     def prompt(call=None, **options):
-        tokenizer, again = load(**options), tmp_path / "again"
-        tokenizer.save_pretrained(again)
-        prompts = [t.apply_chat_template(HELLO, tokenize=False, **call or {}) for t in (tokenizer, load(again))]
-        assert prompts[0] == prompts[1]
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True, **options)
+        tokenizer.save_pretrained(tmp_path / "again")
+        again = AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+        prompts = [t.apply_chat_template(messages, tokenize=False, **call or {}) for t in (tokenizer, again)]
+        assert prompts[0] == prompts[1] and again.chat_template == tokenizer.chat_template
         return prompts[0]
 
     start, end = "<|im_start|>system\n", "<|im_end|><|im_start|>user\na<|im_end|>"
-    assert load().spaces_between_special_tokens and load().chat_template == chat_template("qwen3-chat", "Hi.")
     assert prompt() == f"{start}Hi.{end}"
+    saved = AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert {name: saved.init_kwargs[name] for name in settings} == settings and saved.spaces_between_special_tokens
     assert prompt(system_message='You are a "pirate".') == f'{start}You are a "pirate".{end}'
     assert prompt({"system_message": ""}, system_message="b") == f"{start}{end}"
-    assert load(template="Hermes-2").chat_template == chat_template("Hermes-2", "Hi.")
-    blank_tokenizer(chat_template="{{ messages[0].content }}", template="qwen3-chat").save_pretrained(tmp_path)
+    answered = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True, template="Hermes-2")
+    assert answered.chat_template == chat_template("Hermes-2", "Hi.")
+    tokenizer = blank_tokenizer(chat_template="{{ messages[0].content }}", template="qwen3-chat")
+    tokenizer.save_pretrained(tmp_path)
     assert prompt() == "a"
     assert prompt(template="qwen3-chat", system_message="c") == f"{start}c{end}"
-    with pytest.raises(ValueError, match="unknown keyword system_message='c'"):
+    with refused("unknown keyword system_message='c'"):
         prompt(system_message="c")
-
-
-def test_control_tokens_in_a_batch_are_refused_unless_allowed(recording):
-    batch = [HELLO, [*HELLO, {"role": "assistant", "content": "a <|im_end|> b"}]]
-    with pytest.raises(ValueError, match="reserved"):
-        recording.tokenizer.apply_chat_template(batch, tokenize=False)
-    prompts = recording.tokenizer.apply_chat_template(batch, tokenize=False, allow_control_tokens=True)
-    assert "a <|im_end|> b<|im_end|>" in prompts[1]
-
-
-# -- settings and files ------------------------------------------------------------------------------------------------
 
 
 def test_truncation_and_padding_of_one_call_are_no_settings(recording, tmp_path):
@@ -187,49 +172,34 @@ def test_truncation_and_padding_of_one_call_are_no_settings(recording, tmp_path)
     assert type(recording.processor)(recording.processor.image_processor, again)(text=text)["input_ids"][0] == expected
 
 
-def test_the_embedded_model_has_the_template_of_its_settings():
+def test_the_embedded_checkpoint_has_the_template_of_its_settings():
     saved = json.loads((ROOT / "tiny" / "tokenizer_config.json").read_text())
     assert saved["chat_template"] == chat_template(saved["template"], saved["system_message"])
 
 
-@pytest.fixture
-def sentencepiece_folder(tmp_path):
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_template_begins_as_the_tokenizer_does(tmp_path, add_bos):
     for name in ("tokenizer.model", "added_tokens.json"):
         shutil.copy(FIXTURES / "tokenizer_internlm2" / name, tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    return tmp_path
-
-
-@pytest.mark.parametrize("add_bos", [True, False])
-def test_the_template_begins_as_the_tokenizer_does(sentencepiece_folder, add_bos):
-    (sentencepiece_folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add_bos}))
-    tokenizer = convert_tokenizer(sentencepiece_folder)
-    prompt = tokenizer.apply_chat_template(HELLO, tokenize=False)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add_bos}))
+    tokenizer = convert_tokenizer(tmp_path)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     assert prompt.startswith("<s>" if add_bos else "<|im_start|>")
     assert (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id) == add_bos
     assert tokenizer.pad_token == tokenizer.eos_token == "</s>"  # named by the SentencePiece model itself
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("tokenizer_config.json", b'{"add_eos_token": true}', "add_eos_token=True"),
-        ("tokenizer.model", b"garbage", "cannot read .*tokenizer.model"),
-    ],
-)
-def test_files_that_cannot_be_converted_are_refused(sentencepiece_folder, name, content, message):
-    (sentencepiece_folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        convert_tokenizer(sentencepiece_folder)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_eos_token": True}))
+    with refused("add_eos_token=True"):
+        convert_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "tokenizer.model").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="cannot read .*tokenizer.model"):
+        convert_tokenizer(tmp_path)
 
 
 def test_missing_image_tokens_are_refused():
-    with pytest.raises(ValueError, match="lacks the tokens </quad>, <quad>"):
-        vocabulary = {token: index for index, token in enumerate((*IMAGE_TOKENS, "<|im_end|>")) if "quad" not in token}
+    vocabulary = {token: index for index, token in enumerate((*IMAGE_TOKENS, "<|im_end|>")) if "quad" not in token}
+    with refused("lacks the tokens </quad>, <quad>"):
         NaViLTokenizer(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)))
-
-
-# -- image slots -------------------------------------------------------------------------------------------------------
 
 
 def test_image_slot():
@@ -243,3 +213,16 @@ def test_slots_are_filled_in_order_over_all_texts():
     texts = expand_image_slots(["a<image>b<image>", "none", "<image>c"], images, 2)
     slots = [image_slot(scales, 2) for scales in images]
     assert texts == [f"a{slots[0]}b{slots[1]}", "none", f"{slots[2]}c"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["no slot"], "0 <image> placeholders but 1 images"),
+        (["<image><image>", "<image>"], "3 <image> placeholders but 1 images"),
+        (["<image> <IMG_CONTEXT>"], "contains <IMG_CONTEXT>"),
+    ],
+)
+def test_slots_that_do_not_match_are_refused(texts, message):
+    with refused(message):
+        expand_image_slots(texts, [[(2, 2), (4, 4)]], 2)

@@ -5,7 +5,7 @@ What a trainer logs is compared with what the model alone gives for the same con
 
 import pytest
 import torch
-from conftest import recorded_image
+from conftest import conversation, recorded_image
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 trl = pytest.importorskip("trl")
@@ -17,11 +17,8 @@ SETTINGS = {
     **{"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True},
 }
 SMALL, LARGE = recorded_image(64, 64, 0), recorded_image(120, 90, 1)
-QUESTIONS, ANSWERS, WRONG = (
-    ("What is it?", "And this one, what is it?"),
-    ("a wave", "it, as you say"),
-    ("no", "nothing"),
-)
+QUESTIONS = ("What is it?", "And this one, what is it?")
+ANSWERS, WRONG = ("a wave", "it, as you say"), ("no", "nothing")
 PICTURES = {
     "text": None,
     "large": [[LARGE], [LARGE]],
@@ -47,7 +44,7 @@ def processor(folder):
 
 
 def data_set(pictures, **columns):
-    """Rows of conversations, given as a column's role and texts, with their pictures."""
+    """Two rows with pictures and, for each column, its role and its two texts."""
     rows = [
         {name: [{"role": role, "content": texts[number]}] for name, (role, texts) in columns.items()}
         for number in range(2)
@@ -59,8 +56,7 @@ def data_set(pictures, **columns):
 
 def inputs_of(processor, question, answer, pictures):
     """Inputs of one conversation and how many of its tokens come before the answer."""
-    parts = [{"type": "image", "image": picture} for picture in pictures]
-    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+    messages = conversation(question, *pictures)
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, **options)
     messages.append({"role": "assistant", "content": answer})
@@ -86,35 +82,34 @@ def answers_log_probabilities(model, processor, answers, pictures, end=()):
     return result
 
 
+def logged(trainer) -> dict[str, float]:
+    """What one step logs."""
+    trainer.train()
+    return {name: float(value) for name, value in trainer.state.log_history[0].items()}
+
+
 @KINDS
 def test_sft_loss_is_that_of_the_answers(model, processor, tmp_path, pictures):
     expected = -torch.cat(answers_log_probabilities(model, processor, ANSWERS, pictures)).mean().item()
     rows = data_set(pictures, prompt=("user", QUESTIONS), completion=("assistant", ANSWERS))
     args = trl.SFTConfig(str(tmp_path), max_length=None, per_device_train_batch_size=2, **SETTINGS)
     trainer = trl.SFTTrainer(model=model, processing_class=processor, args=args, train_dataset=rows)
-    trainer.train()
-    assert float(trainer.state.log_history[0]["loss"]) == pytest.approx(expected, rel=1e-3)
+    assert logged(trainer)["loss"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_sft_with_the_collator_of_the_processor(model, processor, tmp_path):
-    part = {"type": "image", "image": LARGE}
-    messages = [
-        {"role": "user", "content": [part, {"type": "text", "text": QUESTIONS[0]}]},
-        {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[0]}]},
-    ]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[0]}]}
+    examples = [{"messages": [*conversation(QUESTIONS[0], LARGE), answer]}]
     with torch.no_grad():
-        expected = model.eval()(**processor.training_batch([{"messages": messages}])).loss.item()
+        expected = model.eval()(**processor.training_batch(examples)).loss.item()
     options = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    args = trl.SFTConfig(str(tmp_path), per_device_train_batch_size=1, **options, **SETTINGS)
-    trainer = trl.SFTTrainer(
-        model=model,
-        processing_class=processor,
-        args=args,
-        train_dataset=datasets.Dataset.from_list([{"messages": messages}]),
-        data_collator=processor.training_batch,
-    )
-    trainer.train()
-    assert float(trainer.state.log_history[0]["loss"]) == pytest.approx(expected, rel=1e-3)
+    parts = {
+        "args": trl.SFTConfig(str(tmp_path), per_device_train_batch_size=1, **options, **SETTINGS),
+        "train_dataset": datasets.Dataset.from_list(examples),
+        "data_collator": processor.training_batch,
+    }
+    trainer = trl.SFTTrainer(model=model, processing_class=processor, **parts)
+    assert logged(trainer)["loss"] == pytest.approx(expected, rel=1e-3)
 
 
 @KINDS
@@ -134,11 +129,9 @@ def test_dpo_compares_the_answers(folder, model, processor, tmp_path, pictures):
         args=trl.DPOConfig(str(tmp_path), per_device_train_batch_size=2, **SETTINGS),
         train_dataset=data_set(pictures, prompt=("user", QUESTIONS), **columns),
     )
-    trainer.train()
-    log = trainer.state.log_history[0]
-    assert float(log["loss"]) == pytest.approx(0.6931, abs=1e-3)
-    for name, value in expected.items():
-        assert float(log[name]) == pytest.approx(value, rel=1e-3)
+    log = logged(trainer)
+    assert log["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-3)
 
 
 @KINDS
@@ -181,12 +174,11 @@ def test_grpo_makes_rewarded_completions_likelier(folder, model, tmp_path, pictu
 
 
 def test_streaming_rows_of_a_data_set(model, processor, tmp_path):
-    parts = [{"type": "image", "path": str(tmp_path / "picture.png")}, {"type": "text", "text": QUESTIONS[0]}]
     LARGE.save(tmp_path / "picture.png")
+    parts = [{"type": "image", "path": str(tmp_path / "picture.png")}, {"type": "text", "text": QUESTIONS[0]}]
     answer = {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[0]}]}
-    examples = [
-        {"messages": [{"role": "user", "content": content}, answer]} for content in (parts, parts[1:], parts[1:], parts)
-    ]
+    contents = (parts, parts[1:], parts[1:], parts)
+    examples = [{"messages": [{"role": "user", "content": content}, answer]} for content in contents]
     with torch.no_grad():
         expected = model.eval()(**processor.training_batch(examples)).loss.item()
     options = {**SETTINGS, "remove_unused_columns": False, "accelerator_config": {"dispatch_batches": False}}
@@ -196,5 +188,4 @@ def test_streaming_rows_of_a_data_set(model, processor, tmp_path):
         data_collator=processor.training_batch,
         train_dataset=datasets.Dataset.from_list(examples).to_iterable_dataset(),
     )
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-3)
+    assert logged(trainer)["loss"] == pytest.approx(expected, rel=1e-3)

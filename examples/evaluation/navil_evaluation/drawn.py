@@ -1,6 +1,6 @@
 """Draws a small benchmark with this repository's generator, in the formats of both kits.
 
-    python -m navil_evaluation.drawn runs/drawn --count 24 --dials tiny/dials.json
+    python -m navil_evaluation.drawn runs/drawn --count 24 --curriculum tiny/curriculum.json
 
 OUT/ChartQA_TEST.tsv (charts) and OUT/DocVQA_VAL.tsv (two images a question) are VLMEvalKit's, for $LMUData=OUT;
 OUT/drawn_chartqa.yaml is a task of lmms-eval, which scores the same charts, for --include_path OUT.
@@ -11,7 +11,6 @@ import argparse
 import base64
 import csv
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from recipes.curriculum import read_difficulty
 from recipes.tasks import Sample, make_sample
 
 TSV_OF_TASK = {"chart": "ChartQA_TEST", "two_images": "DocVQA_VAL"}
@@ -73,18 +73,20 @@ def write_lmms_task(samples: Sequence[Sample], folder: Path) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Draw a small benchmark for VLMEvalKit or lmms-eval.",
-        epilog="example: python -m navil_evaluation.drawn runs/drawn --count 24 --dials tiny/dials.json",
+        epilog="example: python -m navil_evaluation.drawn runs/drawn --count 24 --curriculum tiny/curriculum.json",
     )
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder to write, for $LMUData or --include_path")
     parser.add_argument("--count", type=int, default=24, metavar="N", help="questions of each kind (%(default)s)")
-    parser.add_argument("--dials", type=Path, metavar="FILE", help="a dials.json: draw at its difficulty, not in full")
+    parser.add_argument(
+        "--curriculum", type=Path, metavar="FILE", help="a curriculum.json: draw at its difficulty, not in full"
+    )
     parser.add_argument("--lmms-eval", action="store_true", help="write the task of lmms-eval instead of the TSV files")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
-    difficulty = json.loads(options.dials.read_text())["difficulty"] if options.dials else {}
+    difficulty = read_difficulty(options.curriculum) if options.curriculum else {}
     options.folder.mkdir(parents=True, exist_ok=True)
     for task, name in TSV_OF_TASK.items():
         seeds = tqdm(range(options.count), desc=task, disable=None)
