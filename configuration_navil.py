@@ -157,8 +157,7 @@ class NaViLTextConfig(_NaViLPartConfig):
             depth, query heads and key/value heads.
         head_dim: width of a head; None means `hidden_size / num_attention_heads`.
         qk_norm: RMSNorm on every query and key head before RoPE (Qwen3).
-        attention_bias: biases on the q, k and v projections.
-        attention_output_bias: bias on the output projection; `None` means as `attention_bias`.
+        attention_bias: biases on the q, k and v projections; the output projection never has one.
         rms_norm_eps: epsilon of every RMSNorm.
         rope_theta: base of the rotary frequencies.
         rope_scaling: None or `{"rope_type": "linear" | "dynamic", "factor": float}`.
@@ -194,7 +193,6 @@ class NaViLTextConfig(_NaViLPartConfig):
         head_dim: int | None = None,
         qk_norm: bool = False,
         attention_bias: bool = False,
-        attention_output_bias: bool | None = None,
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 1000000.0,
         rope_scaling: dict[str, Any] | None = None,
@@ -219,7 +217,6 @@ class NaViLTextConfig(_NaViLPartConfig):
         self.head_dim = head_dim
         self.qk_norm = qk_norm
         self.attention_bias = attention_bias
-        self.attention_output_bias = attention_bias if attention_output_bias is None else attention_output_bias
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.max_position_embeddings = max_position_embeddings

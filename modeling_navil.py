@@ -583,7 +583,7 @@ class NaViLAttentionExpert(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=config.attention_output_bias)
+        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=False)
         self.q_norm = NaViLRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = NaViLRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-import convert_checkpoint as converter
+import convert_checkpoint
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["pytest", "convert_checkpoint"])  # each process has imported them already
@@ -58,7 +58,7 @@ def _run(results: Connection, work: Callable, arguments: tuple) -> None:
 
 
 def convert(source: Path, destination: Path) -> int:
-    return converter.main(["official", str(source), str(destination), "--max-shard-size", "200KB"])
+    return convert_checkpoint.main(["official", str(source), str(destination), "--max-shard-size", "200KB"])
 
 
 def convert_counting(source: Path, destination: Path, stop_at: int | None = None) -> int:
@@ -83,5 +83,5 @@ def run_with_full_disk(arguments: list[str], limit: int) -> tuple[int, str]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        code = converter.main(arguments)
+        code = convert_checkpoint.main(arguments)
     return code, output.getvalue()

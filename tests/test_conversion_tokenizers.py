@@ -22,13 +22,25 @@ from conftest import ROOT
 from transformers import Qwen2TokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-import convert_checkpoint as converter
+from conversion.tokenizers import convert_tokenizer
+from navil.tokenization_navil import IMAGE_TOKENS
 
-IMAGE_TOKENS = converter.tokenization.IMAGE_TOKENS
 TURN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+PHRASES = [
+    *("The quick brown fox", "don't, can't & WON'T", "naïve café déjà-vu", "Größenwahn im Übermaß", "smørrebrød"),
+    *("Москва — столица России", "Ελλάδα και Κύπρος", "人工智能的发展", "漢字かな交じり文", "한국어 문장입니다"),
+    *("ไทยแลนด์", "שלום עולם", "مرحبا بالعالم", "नमस्ते दुनिया", "ტექსტი", "Tiếng Việt có dấu", "ﬁne ligature"),
+    *("e\u0301 is é", "12,345.678e-9", "1/3 ≈ 0.333…", "2025-10-09T12:00Z", "0xDEADBEEF", "١٢٣", "Ⅻ", "x² + y³ ≤ ∞"),
+    *("€100 £5 ¥7", "for i in range(10):", "if (a != b) { c++; }", "<html lang='en'>", "SELECT * FROM t;"),
+    *("\\frac{a}{b}", "{{x}}", "😀👍🏽", "👨‍👩‍👧‍👦", "🇫🇷", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "\u200b", "\u00a0", "\ufeff", "▁", "▁▁a"),
+    *("\u3000", "\t", "\n", "\r\n", "    ", " ", "  ", "a  b", "...", "!!!???", "--->", "'''", "ſ", "İ", "ǅ"),
+    *("\ufffd", "ꙮ", "\U0001f9ff", "𠮷"),
+]
 
 
 def package_file(package: str, name: str) -> Path:
@@ -46,47 +58,9 @@ def corpus() -> list[str]:
     # Peers without the special tokens would read them as text.
     lines = [line for line in lines if not any(token in line for token in (*IMAGE_TOKENS, *TURN_TOKENS))]
     lines += inspect.getsource(argparse).splitlines()[:1200]
-    phrases = [
-        *("The quick brown fox", "don't, can't & WON'T", "naïve café déjà-vu", "Größenwahn im Übermaß", "smørrebrød"),
-        *(
-            "Москва — столица России",
-            "Ελλάδα και Κύπρος",
-            "人工智能的发展",
-            "漢字かな交じり文",
-            "한국어 문장입니다",
-            "ไทยแลนด์",
-        ),
-        *("שלום עולם", "مرحبا بالعالم", "नमस्ते दुनिया", "ტექსტი", "Tiếng Việt có dấu", "ﬁne ligature", "e\u0301 is é"),
-        *("12,345.678e-9", "1/3 ≈ 0.333…", "2025-10-09T12:00Z", "0xDEADBEEF", "١٢٣", "Ⅻ", "x² + y³ ≤ ∞", "€100 £5 ¥7"),
-        *(
-            "for i in range(10):",
-            "if (a != b) { c++; }",
-            "<html lang='en'>",
-            "SELECT * FROM t;",
-            "\\frac{a}{b}",
-            "{{x}}",
-        ),
-        *(
-            "😀👍🏽",
-            "👨‍👩‍👧‍👦",
-            "🇫🇷",
-            "𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
-            "\u200b",
-            "\u00a0",
-            "\ufeff",
-            "▁",
-            "▁▁a",
-            "\u3000",
-            "\t",
-            "\n",
-            "\r\n",
-            "    ",
-        ),
-        *(" ", "  ", "a  b", "...", "!!!???", "--->", "'''", "ſ", "İ", "ǅ", "\ufffd", "ꙮ", "\U0001f9ff", "𠮷"),
-    ]
     generator = random.Random(0)
     for _ in range(1500):
-        parts = generator.choices(phrases, k=generator.randint(1, 8))
+        parts = generator.choices(PHRASES, k=generator.randint(1, 8))
         parts += [chr(generator.choice([*range(32, 127), *range(160, 0x3000), *range(0x4E00, 0x9FFF)]))]
         generator.shuffle(parts)
         lines.append(generator.choice(["", " ", " ", "\n"]).join(parts))
@@ -108,7 +82,7 @@ def test_mistral_through_the_internlm2_path(tmp_path, add_bos):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     added = {token: 32000 + index for index, token in enumerate((*TURN_TOKENS[1:], *IMAGE_TOKENS))}
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
-    tokenizer = converter.convert_tokenizer(tmp_path)
+    tokenizer = convert_tokenizer(tmp_path)
     peer = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert len(tokenizer) == peer.vocab_size() + 14 == 32014
     assert_same_ids(tokenizer, peer.encode)
@@ -143,7 +117,7 @@ def test_qwen_vocabulary_files_equal_tiktoken(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("\n".join(map(" ".join, merges)), encoding="utf-8")
     declare(tmp_path, len(vocabulary), (*TURN_TOKENS, *IMAGE_TOKENS))
-    tokenizer = converter.convert_tokenizer(tmp_path)
+    tokenizer = convert_tokenizer(tmp_path)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 151645
     assert_same_ids(tokenizer, encode)
 
@@ -156,7 +130,7 @@ def test_qwen3_tokenizer_json_equals_transformers_and_tiktoken(tmp_path):
         (tmp_path / name).write_bytes((Path(source) / name).read_bytes())
     peer = Qwen2TokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     declare(tmp_path, len(peer), IMAGE_TOKENS)
-    tokenizer = converter.convert_tokenizer(tmp_path)
+    tokenizer = convert_tokenizer(tmp_path)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 151645 and len(tokenizer) == len(peer) + 12
     assert_same_ids(tokenizer, lambda text: peer(text)["input_ids"])
     assert_same_ids(tokenizer, qwen_tiktoken())

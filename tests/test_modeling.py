@@ -5,7 +5,16 @@ import torch
 from conftest import refused, relative_error
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
 
 from navil import modeling_navil as modeling
 from navil.configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
@@ -106,28 +115,32 @@ def test_modality_order_round_trip_and_dispatch():
 # -- peers -------------------------------------------------------------------------------------------------------------
 
 
-LLM_VARIANTS = {
+PEERS = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"qk_norm": True}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"attention_bias": True}),
+}
+PEER_VARIANTS = {
     "gqa": {},
     "mha": {"num_key_value_heads": 4},
     "mqa": {"num_key_value_heads": 1},
-    "bias": {"attention_bias": True},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}, "max_position_embeddings": 16},
     "tied": {"tie_word_embeddings": True},
 }
+PEER_CASES = [(peer, variant) for peer in ("qwen3", "llama") for variant in PEER_VARIANTS] + [("qwen2", "gqa")]
 
 
-@pytest.mark.parametrize("peer_class", [Qwen3ForCausalLM, LlamaForCausalLM])
-@pytest.mark.parametrize("variant", LLM_VARIANTS.values(), ids=LLM_VARIANTS)
-def test_text_decoder_equals_a_plain_llm(peer_class, variant):
-    is_qwen3 = peer_class is Qwen3ForCausalLM
+@pytest.mark.parametrize(("peer", "variant"), PEER_CASES)
+def test_text_decoder_equals_a_plain_llm(peer, variant):
+    peer_config, peer_class, settings = PEERS[peer]
     shared = {**TEXT, "head_dim": 32, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-    shared |= variant
-    peer = peer_class((Qwen3Config if is_qwen3 else LlamaConfig)(**shared)).eval()
+    shared |= PEER_VARIANTS[variant]
+    peer = peer_class(peer_config(**shared)).eval()
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.normal_(std=0.2) if parameter.ndim > 1 else parameter.normal_(mean=1.0, std=0.2)
-    model = build({**shared, "qk_norm": is_qwen3})
+    model = build({**shared, **settings})
     weights = {
         name.replace("self_attn.", "self_attn.text.").replace("mlp.", "mlp.text.").replace("model.", DECODER): tensor
         for name, tensor in peer.state_dict().items()

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
 import convert_checkpoint as converter
+from conversion.tokenizers import convert_tokenizer
 from navil.tokenization_navil import (
     DEFAULT_SYSTEM_MESSAGE,
     IMAGE_TOKENS,
@@ -71,7 +72,7 @@ def test_qwen_vocabulary_files_equal_the_slow_tokenizer(tmp_path):
         str(len(ordinary) + int(index)): token for index, token in settings["added_tokens_decoder"].items()
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    converted = converter.convert_tokenizer(tmp_path)
+    converted = convert_tokenizer(tmp_path)
     peer = Qwen2Tokenizer.from_pretrained(tmp_path)
     for text in ("Please describe it.", "<|im_start|>user\n人工智能 is <ref>it</ref>  12,5%<|im_end|>", " \t\n x"):
         assert converted(text)["input_ids"] == peer(text)["input_ids"]
@@ -181,18 +182,18 @@ def test_template_begins_as_the_tokenizer_does(tmp_path, add_bos):
     for name in ("tokenizer.model", "added_tokens.json"):
         shutil.copy(FIXTURES / "tokenizer_internlm2" / name, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add_bos}))
-    tokenizer = converter.convert_tokenizer(tmp_path)
+    tokenizer = convert_tokenizer(tmp_path)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     assert prompt.startswith("<s>" if add_bos else "<|im_start|>")
     assert (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id) == add_bos
     assert tokenizer.pad_token == tokenizer.eos_token == "</s>"  # named by the SentencePiece model itself
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_eos_token": True}))
     with refused("add_eos_token=True"):
-        converter.convert_tokenizer(tmp_path)
+        convert_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "tokenizer.model").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="cannot read .*tokenizer.model"):
-        converter.convert_tokenizer(tmp_path)
+        convert_tokenizer(tmp_path)
 
 
 def test_missing_image_tokens_are_refused():

@@ -1,9 +1,9 @@
-"""Loads a model folder through the Auto classes, as its users will; `verify` runs this in a fresh process.
+"""Loads a model folder through the Auto classes, as users do. `verify` runs this in a fresh process:
 
-    python checkpoint_loading.py FOLDER SUBFOLDER EXPECTED RESULT
+    python -m conversion.loading FOLDER SUBFOLDER EXPECTED RESULT
 
-FOLDER/SUBFOLDER is the model and FOLDER has its code, which is run; EXPECTED is a folder of settings to read too, or
-empty. RESULT is a file for `torch.save`: the settings of both by name, and inputs and logits of a text and a picture.
+The model is in FOLDER/SUBFOLDER, and its code, which is run, in FOLDER. EXPECTED is empty or a folder of settings to
+compare with. RESULT is the file for `torch.save` of what `inspect_folder` returns.
 """
 
 import json
@@ -12,29 +12,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, GenerationConfig
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 TEXT = (
     "The capital of France is Paris, and the Seine flows through it. 12 x 12 = 144; 人工智能 is written in Chinese. "
     "def add(a, b): return a + b"
 )
-QUESTION, PICTURE = "What is in this picture?", Path(__file__).with_name("examples") / "shapes.png"
+QUESTION = "What is in this picture?"
 BOOKKEEPING = {
     *("transformers_version", "name_or_path", "_name_or_path", "_commit_hash", "_from_model_config", "tokenizer_file"),
     *("_attn_implementation_autoset", "torch_dtype", "dtype", "is_local", "local_files_only"),
 }
-"""Names of settings that say where a file comes from. The weights' dtype is compared with the weights."""
+"""Settings that say where a file comes from, and the dtype, which is compared with the weights."""
+
+
+def inspect_folder(folder: str, subfolder: str = "", expected: str = "") -> dict[str, Any]:
+    """What a model folder gives its users.
+
+    Returns:
+        `settings` of the folder and `expected` settings, by name; `answers` to a text and a picture (see `answer`).
+
+    Raises:
+        ValueError: a part that does not load.
+    """
+    processor, settings = read_settings(folder, subfolder)
+    expected_settings = read_settings(expected, "")[1] if expected else None
+    model = load(AutoModel, folder, subfolder, trust_remote_code=True, torch_dtype="auto").eval()
+    return {"settings": settings, "expected": expected_settings, "answers": answer(model, processor)}
 
 
 def load(loader: Any, folder: str, subfolder: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(folder, subfolder=subfolder, **options)
-    except Exception as error:  # whatever the folder's files make of the libraries
+    except Exception as error:  # damaged files make libraries raise exceptions of any kind
         raise ValueError(f"{loader.__name__} does not load: {type(error).__name__}: {error}") from error
 
 
-def read_settings(folder: str, subfolder: str) -> tuple[Any, dict[str, Any]]:
-    """The processor, and every effective setting under the name of the file that it belongs to."""
+def read_settings(folder: str, subfolder: str) -> tuple[ProcessorMixin, dict[str, Any]]:
+    """The processor, and each setting in effect, by file and name."""
     config, tokenizer, image_processor, processor = (
         load(loader, folder, subfolder, trust_remote_code=True)
         for loader in (AutoConfig, AutoTokenizer, AutoImageProcessor, AutoProcessor)
@@ -55,7 +80,7 @@ def read_settings(folder: str, subfolder: str) -> tuple[Any, dict[str, Any]]:
 
 
 def flatten(settings: dict[Any, Any]) -> list[tuple[str, Any]]:
-    """Nested settings as (dotted name, value), the values as JSON has them."""
+    """Nested settings as pairs of a dotted name and a JSON value."""
     flat = []
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -66,9 +91,11 @@ def flatten(settings: dict[Any, Any]) -> list[tuple[str, Any]]:
 
 
 @torch.no_grad()
-def answer(model: Any, processor: Any) -> dict[str, dict[str, Any]]:
-    """Inputs and logits, (L, vocabulary) in float64, of a fixed text and a fixed picture."""
-    content = [{"type": "image", "path": str(PICTURE)}, {"type": "text", "text": QUESTION}]
+def answer(model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, dict[str, Any]]:
+    """`inputs` and `logits`, (L, vocabulary) in float64, for a fixed text and a fixed picture."""
+    gradient = Image.linear_gradient("L")  # 256 x 256 pixels
+    picture = Image.merge("RGB", (gradient, gradient.rotate(90), Image.radial_gradient("L")))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     inputs = {
         "text": {"input_ids": processor.tokenizer(TEXT, return_tensors="pt").input_ids},
@@ -79,13 +106,11 @@ def answer(model: Any, processor: Any) -> dict[str, dict[str, Any]]:
 
 def main(folder: str, subfolder: str, expected: str, result: str) -> int:
     try:
-        processor, settings = read_settings(folder, subfolder)
-        wanted = read_settings(expected, "")[1] if expected else None
-        model = load(AutoModel, folder, subfolder, trust_remote_code=True, torch_dtype="auto").eval()
+        inspected = inspect_folder(folder, subfolder, expected)
     except ValueError as error:
-        sys.stderr.write(" ".join(f"\n{error}".split()))
+        sys.stderr.write("\n" + " ".join(str(error).split()))
         return 1
-    torch.save({"settings": settings, "expected": wanted, "answers": answer(model, processor)}, Path(result))
+    torch.save(inspected, Path(result))
     return 0
 
 
