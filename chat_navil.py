@@ -31,7 +31,7 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 MAX_NEW_TOKENS = 1024
 PIECE_LENGTH = 65536  # characters
-TOKENS_PER_CUT = 64  # by which a text in two pieces may have more tokens than the whole
+TOKENS_PER_CUT = 64  # upper bound of the tokens that cutting a text in two adds
 
 # Settings of `generate` that a session needs.
 SESSION_SETTINGS = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
@@ -236,7 +236,7 @@ class NaViLChat:
     ) -> tuple[str, Tensor, ImageInputs]:
         """The question with its `<image>`, the conversation's ids (1, L) and the inputs of all its images.
 
-        `earlier_images` are the inputs of the history's images; None means that `pixel_values` has them too, first.
+        `earlier_images` are the inputs of the history's images; if None, `pixel_values` begins with these images.
         """
         template, image_settings = chat_options(**options)
         if not isinstance(question, str) or not question.strip():
@@ -372,7 +372,7 @@ def generate_settings(
 ) -> dict[str, Any]:
     """Arguments of `generate`: defaults of chat, the caller's settings, and what chat itself needs."""
     if isinstance(generation_config, GenerationConfig):
-        # transformers 4 has a default max_length of 20; a prompt that is longer shows that nobody chose it.
+        # transformers 4's default max_length is 20. With a longer prompt it cannot be the caller's choice.
         max_length, default = generation_config.max_length, GenerationConfig().max_length
         is_chosen = max_length is not None and (max_length != default or prompt_length < max_length)
         counts = is_chosen and generation_config.max_new_tokens is None

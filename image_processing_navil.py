@@ -335,7 +335,7 @@ def plan_scales(
 
 
 def count_slot_tokens(scales: Sequence[tuple[int, int]], cell: int) -> int:
-    """Tokens of an image's slot in a prompt, `tokenization_navil.image_slot`, whose arguments it takes.
+    """Number of tokens in an image's slot; arguments as in `tokenization_navil.image_slot`.
 
     `<img>` and `</img>`, a token for each merged cell, and one at the end of each row of cells and of each scale.
     """
@@ -356,7 +356,7 @@ class ImagePlan:
 
 
 def unpadded_sizes(height: int, width: int, cell: int) -> list[tuple[int, int]]:
-    """A sample of the sizes (height, width) in pixels that padding to whole cells turns into this one."""
+    """Some of the sizes (height, width) in pixels that become this size when padded to whole cells."""
     padding = [step * (cell - 1) // 3 for step in range(4)]
     sizes = [(height - bottom, width - right) for bottom in padding for right in padding]
     return [(min(h, MAX_ASPECT_RATIO * w), min(w, MAX_ASPECT_RATIO * h)) for h, w in sizes]
@@ -451,7 +451,7 @@ class NaViLImageProcessor(BaseImageProcessor):
         return {name: value for name, value in super().to_dict().items() if name != "image_processor_type"}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles with the current class of the module, which Auto classes may have imported a second time."""
+        """Pickles by the class that the module defines now: Auto classes may import the module a second time."""
         cls = type(self)
         return object.__new__, (getattr(sys.modules.get(cls.__module__), cls.__qualname__, cls),), self.__dict__
 

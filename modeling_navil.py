@@ -131,7 +131,7 @@ def sdpa_kernels(query: Tensor) -> AbstractContextManager:
 # -- Vision encoder ----------------------------------------------------------------------------------------------------
 
 
-@dataclass  # with a NamedTuple, torch.compile would compile anew for each number of runs
+@dataclass  # a NamedTuple would make torch.compile recompile for each number of segment runs
 class Segments:
     """Consecutive groups of packed patches; attention stays inside a group."""
 
@@ -150,8 +150,8 @@ class Segments:
 class PackedLayout:
     """The order of merged cells inside the encoder, computed once per forward.
 
-    Segments are sorted by length, so that all of one length are one batched attention, and so are the windows of a
-    segment. `entry[exit]` is the input cell of each output cell.
+    Segments of equal length are adjacent, and so are windows of equal size inside a segment: each run of them is one
+    batched attention. `entry[exit]` maps output cells to input cells.
     """
 
     entry: Tensor  # (V,) input cell at each index of the encoder's order
@@ -350,7 +350,7 @@ class NaViLPreTrainedModel(PreTrainedModel):
 
     @property
     def _cache(self) -> Cache:
-        """The static cache that `generate` keeps for the thread's next call; an AttributeError before the first."""
+        """The static cache that `generate` reuses, one per thread; an AttributeError before it makes the first."""
         return _STATIC_CACHES.setdefault(self, threading.local()).cache
 
     @_cache.setter
@@ -463,7 +463,7 @@ class ModalityOrder(NamedTuple):
         if visual_mask is None:
             return cls(batch_shape, batch_shape[0] * batch_shape[1], None, None)
         visual = visual_mask.flatten()
-        num_text = visual.numel() - int(visual.sum())  # the one host sync
+        num_text = visual.numel() - int(visual.sum())  # the only wait for the GPU in a forward pass
         by_modality = visual.byte().argsort(stable=True)
         by_sequence = torch.empty_like(by_modality)
         by_sequence[by_modality] = torch.arange(len(by_modality), device=by_modality.device)
@@ -1076,9 +1076,9 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             num_scales: (images,) number of scales of each image.
             inputs_embeds: (B, L, D); with `pixel_values` and without `input_ids`, slots are recognized by their
                 embedding, as PEFT's prompt tuning needs.
-            visual_token_mask: (B, L) bool, True for the visual experts. None means all `<IMG_CONTEXT>` and `<img>` if
-                `pixel_values` is given, else none; so `inputs_embeds` with visual tokens need it. An `<IMG_CONTEXT>`
-                outside the mask is not a slot.
+            visual_token_mask: (B, L) bool, the tokens for the visual experts. The default is every `<IMG_CONTEXT>` and
+                `<img>` if `pixel_values` is given, and no token otherwise: pass it with `inputs_embeds` that contain
+                visual tokens. An `<IMG_CONTEXT>` outside the mask is not a slot.
             labels: (B, L) ids or -100. A label after an `<IMG_CONTEXT>` is ignored; in the processor's `training_batch`
                 it is -100 already, so `Trainer` normalizes by the same token count.
             loss_weight: (B, L), as in `next_token_loss`; with it, labels after `<IMG_CONTEXT>` are not ignored.
@@ -1254,8 +1254,9 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
 
 
 NaViLForConditionalGeneration.register_for_auto_class("AutoModel")
-# Pipelines look up tokenizer, processor and model here; Trainer's label smoothing shifts labels for the models in the
-# last table. The keys are no model types, of which TRL before 1.0 would require images in every row.
+# Pipelines look up the tokenizer, the processor and the model in these tables, and Trainer's label smoothing shifts
+# labels for models in the last one. The keys are class names and not model types: TRL before 1.0 would require an image
+# in every row for a model type in the image table.
 AutoTokenizer.register(NaViLConfig, fast_tokenizer_class=NaViLTokenizer, exist_ok=True)
 AutoProcessor.register(NaViLConfig, NaViLProcessor, exist_ok=True)
 for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):

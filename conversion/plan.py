@@ -255,8 +255,9 @@ def find_gguf(source: Path) -> Path | None:
 def read_config(folder: Path) -> NaViLConfig:
     """The config of a model folder of this package."""
     settings = read_json(folder / "config.json")
-    need(settings, "model_type")
-    check_supported(settings, {"model_type": ["navil"]})
+    model_type = settings.get("model_type")
+    if model_type != "navil":
+        raise ValueError(f"{folder} is not a model folder of this package: model_type is {model_type!r}, not 'navil'")
     with unreadable(folder / "config.json"):
         return NaViLConfig(**settings)
 

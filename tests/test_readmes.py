@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, recorded_image
@@ -89,8 +90,9 @@ def test_tests_named_in_the_guarantees_exist():
 def test_python_of_the_readme_runs(recordings, tmp_path, monkeypatch):
     folder = recordings["internlm2"].folder
     monkeypatch.chdir(tmp_path)
-    for name in ("photo.jpg", "a.jpg", "b.jpg"):
-        recorded_image(60, 40, 1).save(name)
+    Path("examples").mkdir()
+    for name in ("cat.jpg", "chart.png", "shapes.png"):  # the README's pictures, small
+        recorded_image(60, 40, 1).save(Path("examples", name))
     generate = GenerationMixin.generate
     monkeypatch.setattr(  # random weights do not end an answer
         GenerationMixin, "generate", lambda *args, **settings: generate(*args, **settings | {"max_new_tokens": 2})
