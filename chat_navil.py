@@ -67,7 +67,7 @@ class NaViLChatSession:
         generation_config: GenerationSettings = None,
         **options: Any,
     ):
-        settings = generate_settings(tokenizer, generation_config)
+        settings = model._chat_settings(tokenizer, generation_config)
         for name, required in SESSION_SETTINGS.items():
             given = settings.get(name, getattr(model.generation_config, name, None))
             if given not in (None, required):
@@ -266,14 +266,40 @@ class NaViLChat:
         input_ids = pad([ids[0] for ids in prompts], padding_value=tokenizer.pad_token_id or 0)
         attention_mask = pad([torch.ones_like(ids[0]) for ids in prompts])
         length = input_ids.shape[1]
-        settings = generate_settings(tokenizer, generation_config, length)
-        if streamer is not None:
-            settings["streamer"] = streamer
-        output_ids = self.generate(input_ids=input_ids, attention_mask=attention_mask, **settings | inputs)
-        if len(output_ids) != len(input_ids):
+        settings = self._chat_settings(tokenizer, generation_config, streamer, length)
+        if settings.get("num_return_sequences", self.generation_config.num_return_sequences) not in (None, 1):
             raise ValueError("chat gives one answer per question: num_return_sequences must be 1")
+        output_ids = self.generate(input_ids=input_ids, attention_mask=attention_mask, **settings | inputs)
         answers = tokenizer.batch_decode(output_ids[:, length:], skip_special_tokens=True)
         return output_ids, [answer.strip() for answer in answers]
+
+    def _chat_settings(
+        self,
+        tokenizer: NaViLTokenizer,
+        generation_config: GenerationSettings,
+        streamer: BaseStreamer | None = None,
+        prompt_length: int = 0,
+    ) -> dict[str, Any]:
+        """Arguments of `generate`: defaults of chat, the caller's settings, and what chat itself needs."""
+        if isinstance(generation_config, GenerationConfig):
+            # transformers 4's default max_length is 20. With a longer prompt it cannot be the caller's choice.
+            max_length, default = generation_config.max_length, GenerationConfig().max_length
+            is_chosen = max_length is not None and (max_length != default or prompt_length < max_length)
+            counts = is_chosen and generation_config.max_new_tokens is None
+            generation_config = {**generation_config.to_diff_dict(), "max_length": max_length if counts else None}
+        settings = {
+            "do_sample": False,
+            "eos_token_id": tokenizer.convert_tokens_to_ids(END_OF_TURN),
+            "pad_token_id": tokenizer.pad_token_id,
+            **(generation_config or {}),
+        }
+        if settings.get("max_new_tokens") is None:  # transformers ignores max_length if both are given
+            settings["max_new_tokens"] = MAX_NEW_TOKENS if settings.get("max_length") is None else None
+        if settings.get("stop_strings") is not None:
+            settings.setdefault("tokenizer", tokenizer)
+        if streamer is not None:
+            settings["streamer"] = streamer
+        return {**settings, "return_dict_in_generate": False}
 
     def encode_chat(
         self,
@@ -337,8 +363,6 @@ class NaViLChat:
         """Packed images as tensors on the model's device; without `num_scales`, each grid is an image."""
         grids = whole_numbers("num_patches_list", grids)
         num_scales = whole_numbers("num_scales", [1] * len(grids) if num_scales is None else num_scales).reshape(-1)
-        if (num_scales < 1).any():
-            raise ValueError(f"num_scales must be at least 1 per image, got {num_scales.tolist()}")
         patches = self.vision_model.check_inputs(torch.as_tensor(pixel_values), grids)
         images = {"pixel_values": patches, "image_grid_thw": grids, "num_scales": num_scales}
         return {name: tensor.to(self.device) for name, tensor in images.items()}
@@ -357,37 +381,14 @@ class NaViLChat:
         _, packed = self.plan_images(pixel_values, grids, num_scales)
         counts = [question.count(IMAGE_PLACEHOLDER) for question in questions]
         counts = counts if any(counts) else [1] * len(questions)
-        counts = counts if image_counts is None else whole_numbers("image_counts", image_counts).tolist()
-        if sum(counts) != len(packed["num_scales"]):
-            raise ValueError(f"{len(questions)} questions take {sum(counts)} of {len(packed['num_scales'])} images")
+        counts = counts if image_counts is None else whole_numbers("image_counts", image_counts).reshape(-1).tolist()
+        if len(counts) != len(questions) or min(counts) < 0 or sum(counts) != len(packed["num_scales"]):
+            raise ValueError(f"{len(questions)} questions take {counts} of {len(packed['num_scales'])} images")
         num_scales = packed["num_scales"].split(counts)
         grids = packed["image_grid_thw"].split([int(scales.sum()) for scales in num_scales])
         patches = packed["pixel_values"].split([int(rows.prod(-1).sum()) for rows in grids])
         parts = zip(patches, grids, num_scales, strict=True)
         return [dict(zip(IMAGE_INPUTS, part, strict=True)) if len(part[0]) else None for part in parts]
-
-
-def generate_settings(
-    tokenizer: NaViLTokenizer, generation_config: GenerationSettings, prompt_length: int = 0
-) -> dict[str, Any]:
-    """Arguments of `generate`: defaults of chat, the caller's settings, and what chat itself needs."""
-    if isinstance(generation_config, GenerationConfig):
-        # transformers 4's default max_length is 20. With a longer prompt it cannot be the caller's choice.
-        max_length, default = generation_config.max_length, GenerationConfig().max_length
-        is_chosen = max_length is not None and (max_length != default or prompt_length < max_length)
-        counts = is_chosen and generation_config.max_new_tokens is None
-        generation_config = {**generation_config.to_diff_dict(), "max_length": max_length if counts else None}
-    settings = {
-        "do_sample": False,
-        "eos_token_id": tokenizer.convert_tokens_to_ids(END_OF_TURN),
-        "pad_token_id": tokenizer.pad_token_id,
-        **(generation_config or {}),
-    }
-    if settings.get("max_new_tokens") is None:  # transformers ignores max_length if both are given
-        settings["max_new_tokens"] = MAX_NEW_TOKENS if settings.get("max_length") is None else None
-    if settings.get("stop_strings") is not None:
-        settings.setdefault("tokenizer", tokenizer)
-    return {**settings, "return_dict_in_generate": False}
 
 
 def chat_options(

@@ -26,7 +26,7 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -146,17 +146,15 @@ def load_image(image: Any, input_data_format: str | None = None) -> Image.Image:
 def measure_image(image: Any, input_data_format: str | None = None) -> tuple[Source, tuple[int, int]]:
     """An image as a source for `decode_image`, and its upright (height, width) in pixels.
 
-    A file is decoded here only if its header does not give its size and orientation. Downloads are kept as bytes.
+    A file is decoded here only if its header does not give its size and orientation. The bytes of downloads and open
+    files are kept, decoded pixels are not.
     """
     with named_in_errors(image):
         source = readable_source(image, input_data_format)
         if isinstance(source, Image.Image):
-            return source, _upright_size(source, source.getexif())
+            return source, _upright_size(source)
         with _open(source) as file:
-            if _is_measured_by_header(file):
-                return source, _upright_size(file, Image.Image.getexif(file))  # PngImageFile.getexif would decode
-            decoded = _upright_rgb(file)
-        return decoded, (decoded.height, decoded.width)
+            return source, _upright_size(file)
 
 
 def decode_image(source: Source, max_pixels: float = math.inf) -> Image.Image:
@@ -192,10 +190,16 @@ def readable_source(image: Any, input_data_format: str | None) -> Source:
         return _image_from_array(image, input_data_format)
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
-    if hasattr(image, "read"):
-        return Image.open(image)
-    if not isinstance(image, str):
+    if isinstance(image, str):
+        return _source_of_text(image)
+    if not hasattr(image, "read"):
         raise TypeError(f"expected an image, path, URL, text, bytes, open file or array, got {type(image).__name__}")
+    if getattr(image, "seekable", bool)():
+        image.seek(0)
+    return bytes(image.read())
+
+
+def _source_of_text(image: str) -> Source:
     if image[:7].lower() == "file://" and os.path.exists(image[7:]):
         return image[7:]  # not percent-encoded
     if image[:8].lower().startswith(URL_SCHEMES):
@@ -205,8 +209,10 @@ def readable_source(image: Any, input_data_format: str | None) -> Source:
     if os.path.exists(image):
         return image
     try:
-        return base64.b64decode("".join(image.split()), validate=True)
-    except ValueError:
+        content = base64.b64decode("".join(image.split()), validate=True)
+        _open(content).close()
+        return content
+    except (ValueError, UnidentifiedImageError):
         raise FileNotFoundError("no such file, and no base64 text of an image") from None
 
 
@@ -215,22 +221,29 @@ def _open(source: str | bytes) -> Image.Image:
 
 
 def _is_measured_by_header(file: Image.Image) -> bool:
-    """Whether an opened file gives its size and orientation before its pixels."""
-    if file.format != "PNG":
+    """Whether an opened file gives its size and orientation before its pixels, which are not decoded yet."""
+    if file.format != "PNG" or file.fp is None:
         return file.format in ("JPEG", "MPO", "WEBP", "GIF", "BMP")
-    begin, has_pixels = file.fp.tell(), False  # a PNG file may have its EXIF behind its pixels
+    begin, has_pixels = file.fp.tell(), False  # a PNG file may have its orientation behind its pixels
     file.fp.seek(8)  # behind the signature
     while len(head := file.fp.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
+        start = file.fp.tell()
         has_pixels |= kind == b"IDAT"
-        if has_pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+        keyword = file.fp.read(min(length, 21)).split(b"\0")[0]
+        if has_pixels and (kind == b"eXIf" or keyword in (b"Raw profile type exif", b"XML:com.adobe.xmp")):
             break
-        file.fp.seek(length + 4, os.SEEK_CUR)  # data and CRC
+        file.fp.seek(start + length + 4)  # data and CRC
     file.fp.seek(begin)
     return len(head) < 8
 
 
-def _upright_size(image: Image.Image, exif: Image.Exif) -> tuple[int, int]:
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    if _is_measured_by_header(image):
+        exif = Image.Image.getexif(image)  # PngImageFile.getexif would decode
+    else:
+        image.load()
+        exif = image.getexif()
     width, height = image.size
     if 0 in image.size:
         raise ValueError(f"an image must have at least one pixel, got {width} x {height}")
@@ -353,6 +366,7 @@ class ImagePlan:
     max_pixels: float
     tau: float | None  # side ratio of consecutive scales; None for a single scale
     scales: list[tuple[int, int]]  # before padding, smallest first
+    has_own_budget: bool = False  # of its dict, which the call's `max_pixels` does not change
 
 
 def unpadded_sizes(height: int, width: int, cell: int) -> list[tuple[int, int]]:
@@ -501,15 +515,17 @@ class NaViLImageProcessor(BaseImageProcessor):
             tau = tau if is_multi_scale else None
             source, size = measure_image(image, input_data_format)
             scales = plan_scales(*size, self.cell, low, high, tau)
-            plans.append(ImagePlan(image, source, [size], low, high, tau, scales))
+            plans.append(ImagePlan(image, source, [size], low, high, tau, scales, "max_pixels" in own_budget))
         return plans
 
     def plans_of_grids(self, image_grid_thw: Any, num_scales: Any = None) -> list[ImagePlan]:
         """The plans of packed images, from the tensors that `pack` returns; without `num_scales`, one scale each."""
         plans, grids = [], image_grid_thw.tolist()
-        num_scales = [1] * len(grids) if num_scales is None else num_scales.tolist()
+        num_scales = [1] * len(grids) if num_scales is None else num_scales.reshape(-1).tolist()
         if sum(num_scales) != len(grids):
             raise ValueError(f"num_scales adds up to {sum(num_scales)} scales but image_grid_thw has {len(grids)}")
+        if min(num_scales, default=1) < 1:
+            raise ValueError(f"num_scales must be at least 1 per image, got {num_scales}")
         for end, count in zip(accumulate(num_scales), num_scales, strict=True):
             own = grids[end - count : end]
             scales = [(self.patch_size * h, self.patch_size * w) for frames, h, w in own for _ in range(frames)]
@@ -530,7 +546,8 @@ class NaViLImageProcessor(BaseImageProcessor):
         if not plans:
             advice = "shorten the text"
         elif max_pixels := self.fitting_max_pixels(plans, room):
-            advice = f"{images} {verb} fit with max_pixels={max_pixels}"
+            own = ", also in place of an image's own" if any(plan.has_own_budget for plan in plans) else ""
+            advice = f"{images} {verb} fit with max_pixels={max_pixels}{own}"
         else:
             advice = f"{images} do not fit even at min_pixels; give fewer, shorten the text or lower min_pixels"
         return ValueError(f"the prompt has {num_tokens} tokens but the context holds {context_length}: {advice}")

@@ -1163,9 +1163,9 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             lengths = attention_mask.sum(-1).cpu()
         plans = []
         if grids is not None and not prompts.is_floating_point():
+            rows = self._row_of_scale(prompts[:, num_cached_tokens(inputs) :], grids)  # refuses wrong grids
             plans = self.image_processor.plans_of_grids(grids, inputs.get("num_scales"))
-            rows = self._row_of_scale(prompts[:, num_cached_tokens(inputs) :], grids)
-            rows = rows if inputs.get("num_scales") is None else rows[inputs["num_scales"].cumsum(0) - 1]
+            rows = rows if inputs.get("num_scales") is None else rows[inputs["num_scales"].reshape(-1).cumsum(0) - 1]
             plans = [plan for plan, row in zip(plans, rows.tolist(), strict=True) if row == int(lengths.argmax())]
         self.check_context(int(lengths.max()), plans)
 

@@ -244,7 +244,10 @@ def test_batch_chat_takes_internvls_keywords(qwen3, chat, capsys):
     ("images", "questions", "options", "message"),
     [
         ([FIRST], ["a"] * 3, {}, "expected a list with images for each of 3 questions, got"),
-        ("packed", ["a"], {}, "1 questions take 1 of 2 images"),
+        ("packed", ["a"], {}, r"1 questions take \[1\] of 2 images"),
+        ("packed", ["a", "b"], {"image_counts": [3, -1]}, r"2 questions take \[3, -1\] of 2 images"),
+        ("packed", ["a", "b", "c"], {"image_counts": [1, 1]}, r"3 questions take \[1, 1\] of 2 images"),
+        ("packed", ["a", "b"], {"image_counts": 2}, r"2 questions take \[2\] of 2 images"),
         (None, ["a"], {"history": [[("a", "b")]]}, "history must be None"),
         (None, ["a"], {"return_history": True}, "history must be None"),
         (None, ["a"], {"generation_config": TWO_ANSWERS}, "num_return_sequences must be 1"),

@@ -259,7 +259,10 @@ def test_incomplete_folders(folder, tmp_path, capsys):
         code, lines = report(capsys, folder)
         assert code == 1 and lines[check].startswith("FAILED")
     (folder / "config.json").unlink()
-    for source, message in ((folder, "cannot read"), (copy_released(tmp_path / "source"), "model_type='navil_chat'")):
+    for source, message in (
+        (folder, "cannot read"),
+        (copy_released(tmp_path / "source"), "model_type is 'navil_chat'"),
+    ):
         assert convert_checkpoint.main(["verify", str(source)]) == 1
         assert message in capsys.readouterr().err
 

@@ -103,6 +103,34 @@ def test_every_exif_orientation_comes_out_upright(orientation, file_format, tmp_
         assert np.array_equal(pixels_of(opened), np.asarray(shown))
 
 
+def with_late_exif(data: bytes) -> bytes:
+    """A PNG file with its eXIf chunk moved behind its pixels."""
+    start = data.index(b"eXIf") - 4
+    (length,) = struct.unpack(">I", data[start : start + 4])
+    chunk = data[start : start + 12 + length]
+    rest = data.replace(chunk, b"")
+    return rest[:-12] + chunk + rest[-12:]  # in front of IEND
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "late PNG", "TIFF", "WEBP"])
+def test_a_turned_file_is_the_same_picture_in_every_form(file_format, tmp_path):
+    file, path = io.BytesIO(), tmp_path / "turned"
+    recorded_image(300, 100, 0).save(file, file_format.removeprefix("late "), exif=turned(6))
+    data = with_late_exif(file.getvalue()) if file_format == "late PNG" else file.getvalue()
+    path.write_bytes(data)
+    processor = NaViLImageProcessor(min_pixels=256, max_pixels=1500)  # a JPEG is decoded at a fraction of its size
+    expected = processor(path)
+    assert expected["image_grid_thw"].tolist() == [[1, 6, 2]]
+    loaded = processor.plan([path, data, io.BytesIO(data)])
+    assert all(isinstance(plan.source, str | bytes) for plan in loaded)  # nothing decoded is kept
+    with path.open("rb") as opened:
+        for form in (data, io.BytesIO(data), opened):
+            assert np.array_equal(processor([form, form])["pixel_values"], np.tile(expected["pixel_values"], (2, 1)))
+    features = processor(Image.open(io.BytesIO(data)))  # decoded whole, as the caller's
+    assert features["image_grid_thw"].tolist() == [[1, 6, 2]]
+    assert np.abs(features["pixel_values"] - expected["pixel_values"]).mean() < 0.1
+
+
 @pytest.mark.parametrize("file_format", ["GIF", "PNG", "WEBP"])
 def test_animations_show_their_first_frame_or_the_one_they_stand_at(file_format, tmp_path):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]

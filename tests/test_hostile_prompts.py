@@ -259,6 +259,25 @@ def test_the_long_row_of_a_batch_names_its_own_images(short_context):
     model.generate(**encode(*batch, max_pixels=suggested), **ONE_TOKEN)
 
 
+def test_wrong_grids_beyond_the_context_are_refused_at_once(short_context):
+    ids = torch.full((1, 500), 20)
+    images = {"pixel_values": torch.zeros(4, 768), "image_grid_thw": torch.tensor([[10**7, 2, 2]])}
+    with pytest.raises(ValueError, match="0 <IMG_CONTEXT> tokens but the images give 10000000"):
+        short_context.model.generate(ids, **images, **ONE_TOKEN)
+    image = short_context.processor.image_processor(recorded_image(64, 64, 0), return_tensors="pt")
+    slots = int(image["image_grid_thw"].prod()) // 4
+    ids[0, :slots] = short_context.model.config.image_token_id
+    image["num_scales"] = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"num_scales must be at least 1 per image, got \[0, 1\]"):
+        short_context.model.generate(ids, **image, **ONE_TOKEN)
+
+
+def test_the_advice_says_when_images_have_budgets_of_their_own(short_context):
+    part = {"image": recorded_image(600, 500, 0), "max_pixels": 300_000, "min_pixels": 1024}
+    with pytest.raises(ValueError, match=r"would fit with max_pixels=\d+, also in place of an image's own$"):
+        short_context.model.chat(short_context.tokenizer, [part, part], "What?", ONE_TOKEN)
+
+
 def test_fifty_images(short_context, monkeypatch):
     model, tokenizer = short_context.model, short_context.tokenizer
     images = [recorded_image(120, 90, seed) for seed in range(50)]
