@@ -5,11 +5,13 @@
     python convert_checkpoint.py export SRC DST       # a model folder -> the released layout
     python convert_checkpoint.py verify DIR           # checks a model folder, alone or against its source
     python convert_checkpoint.py tokenizer SRC DST    # a released tokenizer alone
+    python convert_checkpoint.py bundle SRC DST       # a model folder without code, such as tiny/, with it
 
 DST is written atomically. No code of a source is run.
 """
 
 import argparse
+import json
 import math
 import shutil
 import sys
@@ -24,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 import checkpoint_layouts as layouts
 import checkpoint_tokenizers as tokenizers
 from checkpoint_files import DTYPES, check_links, new_folder, preview, write_checksums, write_json, write_weights
-from checkpoint_plans import Conversion, Export, plan_export, plan_from_llm, plan_official
+from checkpoint_plans import Conversion, Export, copy_code, plan_export, plan_from_llm, plan_official
 from checkpoint_tokenizers import convert_tokenizer
 from checkpoint_verification import verify
 from navil import ROOT
@@ -248,11 +250,40 @@ def build_parser() -> argparse.ArgumentParser:
     tokenizer = command("tokenizer", "a released tokenizer -> tokenizer files alone", "NaViL-2B weights/tokenizer")
     add_folders(tokenizer, "folder with the released tokenizer")
     tokenizer.add_argument("--template", choices=templates, help="chat template (default: by its kind)")
+
+    bundle = command(
+        "bundle", "weights and settings with the code that runs them -> a model folder", "tiny weights/tiny"
+    )
+    add_folders(bundle, "model folder without code, such as tiny/")
     return parser
+
+
+def prepare_bundle(source: Path) -> tuple[str, Callable[[Path], None]]:
+    """`prepare` for a model folder without code, such as `tiny/`: its copy loads by its path alone.
+
+    Raises:
+        ValueError: no model folder of this package, or one that has its code already.
+    """
+    settings = source / "config.json"
+    if not settings.is_file() or json.loads(settings.read_text(encoding="utf-8")).get("model_type") != "navil":
+        raise ValueError(f"{source} is no model folder of this package: its config.json has no model_type navil")
+    files = [path for path in sorted(source.iterdir()) if path.is_file()]
+    code = [path.name for path in files if path.suffix == ".py"]
+    if code:
+        raise ValueError(f"{source} has its code already ({preview(code)}): copy the folder")
+
+    def write(folder: Path) -> None:
+        for path in files:
+            shutil.copy(path, folder)
+        copy_code(folder)
+
+    return f"bundle: {len(files)} files and the code", write
 
 
 def prepare(options: argparse.Namespace) -> tuple[str, Callable[[Path], None]]:
     """A summary of what a command will write, and what writes it into a folder."""
+    if options.command == "bundle":
+        return prepare_bundle(options.source)
     if options.command == "tokenizer":
         tokenizer = convert_tokenizer(options.source, options.template)
         return f"tokenizer: {len(tokenizer)} tokens", tokenizer.save_pretrained
