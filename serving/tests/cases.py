@@ -1,4 +1,4 @@
-"""Requests that vLLM and the package must answer alike: pictures of all sizes and kinds, several pictures, histories."""
+"""Requests that vLLM and the package must answer alike: pictures of all sizes and kinds, one or more, and histories."""
 
 import base64
 import io
@@ -60,7 +60,7 @@ def special_files() -> dict[str, str]:
 
 @cache
 def conversations() -> dict[str, list[dict]]:
-    """Conversations by name, 52 in all."""
+    """50 conversations by name."""
     seeds = count()
     cases = {}
     for index, (width, height) in enumerate(SIZES):
@@ -86,7 +86,11 @@ def conversations() -> dict[str, list[dict]]:
     cases["history"] = [first, answer, {"role": "user", "content": "And its color?"}]
     cases["history with a second picture"] = [first, answer, message("And here?", picture(240, 320, 41))]
     cases["history of three turns"] = [*cases["history"], answer, message("And here?", picture(60, 70, 42))]
-    cases["text, then a picture"] = [{"role": "user", "content": "Hello!"}, answer, message("This?", picture(96, 96, 43))]
+    cases["text, then a picture"] = [
+        {"role": "user", "content": "Hello!"},
+        answer,
+        message("This?", picture(96, 96, 43)),
+    ]
     system = {"role": "system", "content": "You answer in one word."}
     cases["system message"] = [system, message(QUESTIONS[1], picture(111, 222, 44))]
     for question in ("Hello!", "What is 2 + 2?", "你好", "A <image> in a text", "one\n\ntwo > three", "<ref>a</ref> x"):

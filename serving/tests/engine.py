@@ -1,6 +1,6 @@
 """vLLM's answers to the requests of cases.py; as a script, in a process of its own:
 
-    python serving/tests/engine.py FOLDER RESULT SETTINGS     # RESULT: a file of torch.save, SETTINGS: JSON of LLM
+python serving/tests/engine.py FOLDER RESULT SETTINGS     # RESULT: a file of torch.save, SETTINGS: JSON of LLM
 """
 
 import json
