@@ -38,8 +38,10 @@ from vllm.multimodal.processing.processor import MultiModalPromptUpdates, Placeh
 
 IMAGE_PLACEHOLDER = "<image>"
 MAX_ASPECT_RATIO = 200
-NUM_WIDTHS = 1000  # sampled to find the image with the most visual tokens
-MARGIN = 1.02  # for sizes between the samples
+# To find the image with the most visual tokens:
+OVERSIZE = 16  # sides of the sampled images, compared with the pixel budget's
+NUM_RATIOS = 2000  # aspect ratios that are sampled
+MARGIN = 1.05  # for those in between
 
 
 def from_model_folder(name: str, model_config: ModelConfig) -> Any:
@@ -96,16 +98,16 @@ class NaViLProcessingInfo(BaseProcessingInfo):
 
     @cached_property
     def largest_plan(self) -> Any:
-        """The plan of an image with the most visual tokens: at the pixel budget, of all aspect ratios."""
+        """The plan of the image with the most visual tokens, among images far above the budget of all aspect ratios."""
         plan_scales = from_model_folder("image_processing_navil.plan_scales", self.ctx.model_config)
         cell = self.get_hf_processor().image_processor.cell
         [plan] = self.plan([Image.new("RGB", (1, 1))], {})
-        area = math.floor(plan.max_pixels)
-        widths = np.linspace(math.isqrt(area // MAX_ASPECT_RATIO) + 1, math.isqrt(area), NUM_WIDTHS, dtype=int)
-        sizes = [(area // width, width) for width in widths.tolist()]
+        side = OVERSIZE * math.sqrt(plan.max_pixels)
+        ratios = np.geomspace(1, MAX_ASPECT_RATIO, NUM_RATIOS).tolist()
+        sizes = [(math.floor(side * math.sqrt(ratio)), math.ceil(side / math.sqrt(ratio))) for ratio in ratios]
         scales = [plan_scales(*size, cell, plan.min_pixels, plan.max_pixels, plan.tau) for size in sizes]
-        most = max(range(len(sizes)), key=lambda index: num_embeddings(scales[index], cell))
-        return replace(plan, sizes=[sizes[most]], scales=scales[most])
+        most = max(scales, key=lambda own: num_embeddings(own, cell))
+        return replace(plan, sizes=[most[-1]], scales=most)
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         cell = self.get_hf_processor().image_processor.cell
