@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from transformers import AutoConfig, AutoModel  # noqa: E402
 
 import convert_checkpoint  # noqa: E402
 
@@ -43,22 +44,36 @@ class Checkpoint:
         return torch.load(result)
 
 
-def make_checkpoint(folder: Path, command: str, source: Path) -> Checkpoint:
+def make_folder(folder: Path, command: str, source: Path) -> None:
     """A model folder that keeps small pictures small: more scales, and less work."""
     assert convert_checkpoint.main([command, str(source), str(folder)]) == 0
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     settings |= {"min_pixels": 16 * 16**2, "max_pixels": 512 * 16**2}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return Checkpoint(folder)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Checkpoint:
-    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "navil-tiny-served", "bundle", ROOT / "tiny")
+    folder = tmp_path_factory.mktemp("tiny") / "navil-tiny-served"
+    make_folder(folder, "bundle", ROOT / "tiny")
+    return Checkpoint(folder)
 
 
 @pytest.fixture(scope="session")
 def window(tmp_path_factory) -> Checkpoint:
-    """Random weights of a released layout, whose visual tokens are in window order."""
+    """A converted checkpoint, whose visual tokens are in window order, with random weights.
+
+    vLLM's kernels for CPUs want heads of at least 32 features, the recorded checkpoints have 16.
+    """
     folder = tmp_path_factory.mktemp("window") / "navil-window-served"
-    return make_checkpoint(folder, "official", ROOT / "tests" / "fixtures" / "internlm2")
+    make_folder(folder, "official", ROOT / "tests" / "fixtures" / "internlm2")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert config.vision_config.visual_token_order == "window"
+    config.text_config.head_dim = 64
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config, trust_remote_code=True)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return Checkpoint(folder)

@@ -1,17 +1,13 @@
 """vLLM's OpenAI server with the openai client: right answers under load, and a 400 for each bad request."""
 
 import base64
-import os
-import socket
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from urllib.request import urlopen
 
 import openai
 import pytest
 from cases import conversations, data_uri, message, picture
+from servers import running
 
 CHATS = conversations()
 FEW_IMAGES = [name for name in CHATS if "3 pictures" not in name]
@@ -19,35 +15,13 @@ CONTEXT = 1024  # tokens
 
 
 @pytest.fixture(scope="module")
-def server(tiny, tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny.folder)]
-    command += ["--served-model-name", "navil", "--trust-remote-code", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "16"]
-    command += ["--max-model-len", str(CONTEXT), "--limit-mm-per-prompt", '{"image": 2}', "--trust-request-mm-kwargs"]
-    log = tmp_path_factory.mktemp("server") / "log"
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(180):
-            assert process.poll() is None, log.read_text()[-3000:]
-            try:
-                urlopen(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
-        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
-        assert process.poll() is None, log.read_text()[-3000:]
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+def server(tiny):
+    module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", tiny.folder]
+    options = "--served-model-name navil --trust-remote-code --dtype float32 --enforce-eager --block-size 32".split()
+    options += ["--max-num-seqs", "16", "--max-model-len", str(CONTEXT), "--trust-request-mm-kwargs"]
+    options += ["--limit-mm-per-prompt", '{"image": 2}']
+    with running([*module, *options], VLLM_ENABLE_V1_MULTIPROCESSING="1") as client:
+        yield client
 
 
 def ask(server, messages, stream=False, **extra):
