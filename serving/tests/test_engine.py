@@ -1,8 +1,14 @@
 """vLLM gives the package's own ids and logprobs (float32), whatever parts of which prompts a step of it holds."""
 
 import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from cases import conversations
 from engine import ask, start
 from navil_vllm.model import DecoderModel
@@ -82,3 +88,20 @@ def test_chunked_prefill(request, name, num_tokens):
 
 def test_window_order(window):
     check(window.answers, ask(start(window.folder, max_model_len=4096), CHATS))
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment"),
+    [
+        ({"tensor_parallel_size": 2}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
+        ({"enforce_eager": False}, {"TORCH_COMPILE_DISABLE": "0"}),
+    ],
+    ids=["tensor parallel", "compiled"],
+)
+def test_in_other_processes(tiny, tmp_path, settings, environment):
+    """Devices that share the decoder; and the decoder compiled by torch."""
+    script = Path(__file__).with_name("engine.py")
+    environment = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, script, tiny.folder, tmp_path / "result", json.dumps(settings)]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    check(tiny.answers, torch.load(tmp_path / "result"))

@@ -9,7 +9,7 @@ from servers import running
 from transformers import AutoTokenizer
 
 CHATS = conversations()
-NAMES = ["640 x 480", "64 x 64", "alpha", "3 pictures [(32, 32), (32, 32), (32, 32)]", "text: Hello!"]
+NAMES = ["text: Hello!", "640 x 480", "64 x 64", "alpha", "3 pictures [(32, 32), (32, 32), (32, 32)]"]
 NAMES += [name for name in CHATS if "history" in name]
 
 
