@@ -8,11 +8,17 @@ from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
+try:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+except ImportError:  # transformers before 5
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES = None
+
 AUTO_MAP = {
     "AutoConfig": "configuration_navil.NaViLConfig",
     "AutoModel": "modeling_navil.NaViLForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_navil.NaViLForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_navil.NaViLForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_navil.NaViLForConditionalGeneration",
     "AutoTokenizer": ["tokenization_navil.NaViLTokenizer", None],
     "AutoImageProcessor": "image_processing_navil.NaViLImageProcessor",
     "AutoProcessor": "processing_navil.NaViLProcessor",
@@ -334,3 +340,5 @@ class NaViLConfig(PretrainedConfig):
 
 
 NaViLConfig.register_for_auto_class()
+if MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES is not None:  # `transformers serve` loads remote code of these models only
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[NaViLConfig.model_type] = "NaViLForConditionalGeneration"

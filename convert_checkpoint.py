@@ -5,6 +5,7 @@
     python convert_checkpoint.py export SRC DST       # a model folder -> the released layout
     python convert_checkpoint.py verify DIR           # checks a model folder, alone or against its source
     python convert_checkpoint.py tokenizer SRC DST    # a released tokenizer alone
+    python convert_checkpoint.py bundle SRC DST       # a model folder without code, such as tiny/, with it
 
 DST is written atomically. No code of a source is run.
 """
@@ -20,7 +21,7 @@ from conversion.plan import plan_export, plan_from_llm, plan_official
 from conversion.read import DTYPES
 from conversion.tokenizers import convert_tokenizer
 from conversion.verify import verify
-from conversion.write import write_export, write_model
+from conversion.write import bundle_files, write_bundle, write_export, write_model
 from navil.tokenization_navil import ASSISTANT_PREFIXES
 
 TEMPLATES = sorted(ASSISTANT_PREFIXES)
@@ -85,6 +86,12 @@ COMMANDS = {
         ("--template", "--dry-run"),
         "NaViL-2B weights/tokenizer",
     ),
+    "bundle": (
+        "weights and settings without code -> a model folder that loads by its path",
+        "model folder without code, such as tiny/",
+        ("--dry-run",),
+        "tiny weights/tiny",
+    ),
 }
 """Help, help on SRC, options and an example of each command."""
 
@@ -108,6 +115,9 @@ def prepare(options: argparse.Namespace) -> tuple[str, Callable[[Path], None]]:
     if options.command == "tokenizer":
         tokenizer = convert_tokenizer(options.source, options.template)
         return f"tokenizer: {len(tokenizer)} tokens", tokenizer.save_pretrained
+    if options.command == "bundle":
+        files = bundle_files(options.source)
+        return f"bundle: {len(files)} files and the code", lambda folder: write_bundle(files, folder)
     dtype = DTYPES.get(options.dtype)
     if options.command == "export":
         export = plan_export(options.source, dtype)

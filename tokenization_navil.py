@@ -344,8 +344,8 @@ class NaViLTokenizer(PreTrainedTokenizerFast):
         return text
 
 
-# Common variables of chat templates.
-_VARIABLES = ("tools", "documents", "enable_thinking", "system_message")
+# Common variables of chat templates, and what `transformers serve` passes for videos.
+_VARIABLES = ("tools", "documents", "enable_thinking", "system_message", "load_audio_from_video")
 _KEYWORDS = inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from conversion.files import CHECKSUMS_NAME, INDEX_NAME, WEIGHTS_NAME, write_checksums, write_json
-from conversion.plan import Conversion, Export, Plan, dtype_name
+from conversion.files import CHECKSUMS_NAME, INDEX_NAME, WEIGHTS_NAME, preview, write_checksums, write_json
+from conversion.plan import Conversion, Export, Plan, dtype_name, read_config
 from conversion.read import SAFETENSORS_DTYPES, Shape, bounds, tensor_bytes
 from conversion.tokenizers import export_tokenizer
 from navil import CODE_FILES, ROOT
@@ -56,6 +56,23 @@ def write_settings(conversion: Conversion, folder: Path) -> None:
 def copy_code(folder: Path) -> None:
     for name in CODE_FILES:
         shutil.copy(ROOT / name, folder)
+
+
+def bundle_files(source: Path) -> list[Path]:
+    """The files of a model folder without code; a ValueError for another folder, or one that has its code."""
+    read_config(source)
+    files = [path for path in sorted(source.iterdir()) if path.is_file()]
+    code = [path.name for path in files if path.suffix == ".py"]
+    if code:
+        raise ValueError(f"{source} has its code already ({preview(code)}): copy the folder")
+    return files
+
+
+def write_bundle(files: Iterable[Path], folder: Path) -> None:
+    """Fills a folder with files and this package's code."""
+    for path in files:
+        shutil.copy(path, folder)
+    copy_code(folder)
 
 
 def license_file() -> Path:

@@ -1,0 +1,52 @@
+"""What vLLM's settings must be for NaViL; vLLM calls these hooks before it starts the engine."""
+
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
+from vllm.logger import init_logger
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class NaViLServingConfig:
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Caps the context at the trained one under dynamic NTK scaling, and has images read as they are.
+
+        Beyond the trained context, dynamic NTK scaling changes the angles of all tokens with each new one, also of
+        those in the cache.
+
+        Raises:
+            ValueError: `max_model_len` lies above the cap.
+        """
+        text_config = model_config.hf_text_config
+        trained = text_config.max_position_embeddings
+        if text_config.rope_type == "dynamic" and model_config.max_model_len > trained:
+            given = model_config.original_max_model_len
+            if given is not None and given > trained:
+                raise ValueError(
+                    f"max_model_len is {given}, but a cache cannot hold more than the {trained} tokens of the trained "
+                    "context: dynamic NTK scaling would change the keys of all tokens with each new one"
+                )
+            logger.info("The context is capped at the trained %d tokens.", trained)
+            model_config.max_model_len = trained
+        if model_config.multimodal_config is not None:
+            # Else vLLM pastes transparent images onto white; NaViL takes the stored colors.
+            model_config.multimodal_config.media_io_kwargs.setdefault("image", {}).setdefault("image_mode", None)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Allows CUDA graphs for pieces of the model only.
+
+        A step with visual tokens runs outside the graph. A graph of the whole model would also take an image's last
+        token, alone in its chunk, for a decoding step.
+
+        Raises:
+            ValueError: pipeline parallelism or micro-batches.
+        """
+        parallel = vllm_config.parallel_config
+        if parallel.pipeline_parallel_size > 1:
+            raise ValueError("NaViL has no pipeline parallelism: use tensor parallelism, or replicas")
+        if parallel.use_ubatching:
+            raise ValueError("NaViL cannot split a step into micro-batches: leave out --enable-dbo and --ubatch-size")
+        compilation = vllm_config.compilation_config
+        if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_full_cudagraphs():
+            compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE

@@ -1,0 +1,41 @@
+"""The package's own answers to the requests of cases.py, which those of vLLM are compared with.
+
+python serving/tests/package.py FOLDER RESULT     # RESULT: a file of torch.save
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from cases import conversations
+from transformers import AutoModel, AutoProcessor
+
+NUM_NEW = 8  # tokens of each answer, which goes on behind an end of turn
+
+
+@torch.inference_mode()
+def answers(folder: Path) -> dict[str, dict]:
+    """Greedy: `prompt_ids`, `ids`, and `logprobs` (NUM_NEW, vocabulary) float32."""
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    answers = {}
+    for name, messages in conversations().items():
+        inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        output = model.generate(
+            **inputs,
+            max_new_tokens=NUM_NEW,
+            eos_token_id=model.config.vocab_size,  # none
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        prompt_ids = inputs["input_ids"][0].tolist()
+        answers[name] = {
+            "prompt_ids": prompt_ids,
+            "ids": output.sequences[0, len(prompt_ids) :].tolist(),
+            "logprobs": torch.cat(output.logits).float().log_softmax(-1),
+        }
+    return answers
+
+
+if __name__ == "__main__":
+    torch.save(answers(Path(sys.argv[1])), sys.argv[2])

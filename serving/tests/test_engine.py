@@ -1,0 +1,107 @@
+"""vLLM gives the package's own ids and logprobs (float32), whatever parts of which prompts a step of it holds."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import conversations
+from engine import ask, start
+from navil_vllm.model import DecoderModel
+
+TOLERANCE = 1e-4
+CHATS = conversations()
+TEXTS = {name for name in CHATS if name.startswith("text:")}
+
+
+def largest_error(expected: dict, actual: dict) -> float:
+    """Largest difference of logprobs; infinite if any prompt or greedy answer differs."""
+    errors = []
+    for name, answer in actual.items():
+        reference = expected[name]
+        if any(answer[key] != reference[key] for key in ("prompt_ids", "ids")):
+            return float("inf")
+        for step, logprobs in enumerate(answer["logprobs"]):
+            errors += [abs(reference["logprobs"][step, id].item() - logprob) for id, logprob in logprobs.items()]
+    return max(errors)
+
+
+def check(expected: dict, actual: dict) -> None:
+    assert len(actual) >= 40
+    for name, answer in actual.items():
+        error = largest_error(expected, {name: answer})
+        assert error < TOLERANCE, (name, error, answer["ids"], expected[name]["ids"])
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    """16 requests at once, with different numbers of images."""
+    llm = start(tiny.folder)
+    yield llm
+    del llm
+    gc.collect()
+
+
+def test_many_requests_at_once(tiny, engine):
+    check(tiny.answers, ask(engine, CHATS))
+
+
+def test_prefix_cache(tiny, engine):
+    ask(engine, CHATS)
+    answers = ask(engine, CHATS)
+    for name, answer in answers.items():
+        expected = (len(answer["prompt_ids"]) - 1) // 32 * 32
+        assert answer["num_cached"] == expected, (name, answer["num_cached"])
+    check(tiny.answers, answers)
+
+
+@pytest.mark.parametrize("part", ["first visual token", "last visual token", "<img>", "a text token"])
+def test_a_mask_with_one_wrong_token_fails(tiny, engine, monkeypatch, part):
+    name, forward = "640 x 480", DecoderModel.forward_with_images
+
+    def broken(self, positions, inputs_embeds, is_visual):
+        visual = is_visual.nonzero().flatten()
+        index = {"first visual token": visual[1], "last visual token": visual[-1], "<img>": visual[0]}.get(part, 3)
+        is_visual = is_visual.clone()
+        is_visual[index] ^= True
+        return forward(self, positions, inputs_embeds, is_visual)
+
+    monkeypatch.setattr(DecoderModel, "forward_with_images", broken)
+    engine.reset_prefix_cache()
+    assert largest_error(tiny.answers, ask(engine, {name: CHATS[name]})) > TOLERANCE
+    monkeypatch.undo()
+    engine.reset_prefix_cache()
+    assert largest_error(tiny.answers, ask(engine, {name: CHATS[name]})) < TOLERANCE
+
+
+@pytest.mark.parametrize("num_tokens", [33, 64])
+@pytest.mark.parametrize("name", ["tiny", "window"])
+def test_chunked_prefill(request, name, num_tokens):
+    checkpoint = request.getfixturevalue(name)
+    llm = start(checkpoint.folder, max_num_batched_tokens=num_tokens, max_model_len=4096)
+    check(checkpoint.answers, ask(llm, CHATS))
+
+
+def test_window_order(window):
+    check(window.answers, ask(start(window.folder, max_model_len=4096), CHATS))
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment"),
+    [
+        ({"tensor_parallel_size": 2}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
+        ({"enforce_eager": False}, {"TORCH_COMPILE_DISABLE": "0"}),
+    ],
+    ids=["tensor parallel", "compiled"],
+)
+def test_in_other_processes(tiny, tmp_path, settings, environment):
+    """Devices that share the decoder; and the decoder compiled by torch."""
+    script = Path(__file__).with_name("engine.py")
+    environment = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, script, tiny.folder, tmp_path / "result", json.dumps(settings)]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    check(tiny.answers, torch.load(tmp_path / "result"))
