@@ -15,7 +15,6 @@ from navil_vllm.model import DecoderModel
 
 TOLERANCE = 1e-4
 CHATS = conversations()
-TEXTS = {name for name in CHATS if name.startswith("text:")}
 
 
 def largest_error(expected: dict, actual: dict) -> float:
