@@ -222,7 +222,7 @@ def _open(source: str | bytes) -> Image.Image:
 
 def _is_measured_by_header(file: Image.Image) -> bool:
     """Whether an opened file gives its size and orientation before its pixels, which are not decoded yet."""
-    if file.format != "PNG" or file.fp is None:
+    if file.format != "PNG" or getattr(file, "fp", None) is None:  # a copied image has no file
         return file.format in ("JPEG", "MPO", "WEBP", "GIF", "BMP")
     begin, has_pixels = file.fp.tell(), False  # a PNG file may have its orientation behind its pixels
     file.fp.seek(8)  # behind the signature
