@@ -98,7 +98,7 @@ SETTINGS = [
     ("text_config", {"attention_bias": True}, "attention_bias=True"),
     ("text_config", {"num_attention_heads": 8}, "8 heads of size 16"),
     ("text_config", {"num_hidden_layers": 4}, "16 missing: model.language_model.layers.3"),
-    (None, {"model_type": "llava"}, "model_type='llava'"),
+    (None, {"model_type": "llava"}, "model_type is 'llava'"),
 ]
 
 
