@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, set_seed
 
+from navil.modeling_navil import NaViLForConditionalGeneration
+
 from .curriculum import CURRICULUM_FILE, Curriculum, answer_scores
 from .hardware import ONEDNN_CACHE, faster_attention, faster_dtype
 from .labels import EMPTY, dense_accuracy, label_id, regression_errors
@@ -183,6 +185,16 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None if checkpoint is None else Path(checkpoint)
 
 
+def prepare_model(model: NaViLForConditionalGeneration, name: str, is_new: bool, compiled: bool) -> None:
+    """Lets a stage's parameters train; the first stage begins with copies of the text experts as visual experts."""
+    if name == "s1.1" and is_new:
+        copy_text_experts(model)
+    set_trainable(model, name)
+    if compiled:
+        for layer in (*model.vision_model.blocks, *model.language_model.layers):
+            layer.compile(dynamic=True)
+
+
 def run_stage(
     name: str,
     stage: Stage,
@@ -214,12 +226,7 @@ def run_stage(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = faster_dtype(device)
     model, processor = load(source, attn_implementation=faster_attention(device, dtype))
-    if name == "s1.1" and checkpoint is None:
-        copy_text_experts(model)
-    set_trainable(model, name)
-    if compiled:
-        for layer in (*model.vision_model.blocks, *model.language_model.layers):
-            layer.compile(dynamic=True)
+    prepare_model(model, name, is_new=checkpoint is None, compiled=compiled)
     samples = PackedSamples(
         processor,
         torch.tensor([stage.mix.get(task, 0.0) for task in ALL_TASKS]),
