@@ -78,7 +78,7 @@ class AttentionExpert(nn.Module):
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim,
             config.hidden_size,
-            bias=config.attention_output_bias,
+            bias=False,
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
