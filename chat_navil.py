@@ -320,10 +320,11 @@ class NaViLChat:
         template |= {"allow_control_tokens": allow_control_tokens, "add_generation_prompt": True}
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, **template)
         scales, cell = [plan.scales for plan in plans], self.image_processor.cell
-        [text] = expand_image_slots([prompt], [[] for _ in plans], cell, allow_control_tokens)
-        num_tokens = count_tokens(tokenizer, text, self.config.text_config.context_length)
-        num_tokens += sum(count_slot_tokens(of_image, cell) - 2 for of_image in scales)  # `text` has <img> and </img>
-        self.check_context(num_tokens, plans)
+        if plans or len(prompt) > PIECE_LENGTH:  # `generate` checks short texts without tokenizing them again
+            [text] = expand_image_slots([prompt], [[] for _ in plans], cell, allow_control_tokens)
+            num_tokens = count_tokens(tokenizer, text, self.config.text_config.context_length)
+            num_tokens += sum(count_slot_tokens(of_image, cell) - 2 for of_image in scales)  # `text` has both ends
+            self.check_context(num_tokens, plans)
         [prompt] = expand_image_slots([prompt], scales, cell, allow_control_tokens)
         input_ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
         return input_ids.to(self.device)
