@@ -2,12 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -57,23 +55,45 @@ def refused(fact: str):
     assert fact in str(raised.value)
 
 
-def run_python(script: str, *arguments: str | Path, modules: Path) -> subprocess.CompletedProcess:
-    """Runs a script in a fresh process that caches remote code in `modules`."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(modules), "TQDM_DISABLE": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def load_model(folder: str | Path, **options) -> torch.nn.Module:
+    return AutoModel.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
-class Recording:
-    """One recorded checkpoint, converted and loaded through the Auto classes, with its recorded cases."""
+def load_tokenizer(folder: str | Path, **options):
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+class Loaded:
+    """A checkpoint, loaded through the Auto classes."""
+
+    def __init__(self, folder: Path, **options):
+        self.folder = folder
+        self.model = load_model(folder, **options)
+        self.tokenizer = load_tokenizer(folder, use_fast=False, **options)
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, **options)
+
+    def encode(self, *conversations: list[dict], **options) -> dict[str, torch.Tensor]:
+        """Inputs of `generate` for a batch of conversations."""
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True, **options}
+        return self.processor.apply_chat_template(list(conversations), **options)
+
+    def generate(self, inputs: dict[str, torch.Tensor], **settings) -> torch.Tensor:
+        """New ids only, 8 unless the settings say otherwise."""
+        output = self.model.generate(**inputs, **{"max_new_tokens": 8, **settings})
+        return output[:, inputs["input_ids"].shape[1] :]
+
+    def chat(self, images=None, question: str = "What is it?", settings: dict | None = None, **options):
+        """An answer of 6 tokens unless the settings say otherwise."""
+        return self.model.chat(self.tokenizer, images, question, settings or {"max_new_tokens": 6}, **options)
+
+
+class Recording(Loaded):
+    """One recorded checkpoint, converted, with its recorded cases."""
 
     def __init__(self, name: str, folder: Path):
         self.source = FIXTURES / name
-        self.folder = folder
         assert convert_checkpoint.main(["official", str(self.source), str(folder)]) == 0
-        self.model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, use_fast=False)
-        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        super().__init__(folder)
         self.cases = {case["name"]: case for case in json.loads((self.source / "cases.json").read_text())["cases"]}
         self._tensors = load_file(self.source / "cases.safetensors")
 
@@ -87,16 +107,6 @@ class Recording:
 
     def images(self, case: str) -> list[Image.Image] | None:
         return [recorded_image(*image) for image in self.cases[case]["images"]] or None
-
-    def encode(self, *conversations: list[dict], **options) -> dict[str, torch.Tensor]:
-        """Inputs of `generate` for a batch of conversations."""
-        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True, **options}
-        return self.processor.apply_chat_template(list(conversations), **options)
-
-    def generate(self, inputs: dict[str, torch.Tensor], **settings) -> torch.Tensor:
-        """New ids only, 8 unless the settings say otherwise."""
-        output = self.model.generate(**inputs, **{"max_new_tokens": 8, **settings})
-        return output[:, inputs["input_ids"].shape[1] :]
 
     def history(self, case: str) -> list[tuple[str, str]] | None:
         history = self.cases[case]["history"]
@@ -115,12 +125,9 @@ def recording(request, recordings) -> Recording:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> SimpleNamespace:
-    """The embedded checkpoint: model, tokenizer and processor, for tests that change none of them."""
-    options = {"subfolder": "tiny", "trust_remote_code": True}
-    processor = AutoProcessor.from_pretrained(ROOT, **options)
-    model = AutoModel.from_pretrained(ROOT, **options).eval()
-    return SimpleNamespace(model=model, processor=processor, tokenizer=processor.tokenizer)
+def tiny() -> Loaded:
+    """The embedded checkpoint, for tests that do not change it."""
+    return Loaded(ROOT, subfolder="tiny")
 
 
 @pytest.fixture(autouse=True)

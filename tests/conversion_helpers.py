@@ -39,8 +39,6 @@ def refusal(capsys, command: str, source: Path, destination: Path, *options: str
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
-
-
 def copy_released(folder: Path, backbone: str = "qwen3", *without: str) -> Path:
     """A recorded checkpoint in the released layout, to be changed."""
     return Path(shutil.copytree(FIXTURES / backbone, folder, ignore=shutil.ignore_patterns("cases*", *without)))
@@ -87,7 +85,6 @@ def split(folder: Path, parts: int, suffix: str = "safetensors") -> None:
 
 
 # -- released checkpoints ----------------------------------------------------------------------------------------------
-
 VARIANTS = {
     "mha, layer norm, windows in every block": {
         "llm_config": {"num_key_value_heads": 4},
@@ -131,7 +128,6 @@ def write_variant(folder: Path, backbone: str, variant: dict) -> dict[str, torch
 
 
 # -- text LLMs ---------------------------------------------------------------------------------------------------------
-
 LLM = {
     **{"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1},

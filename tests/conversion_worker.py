@@ -37,9 +37,6 @@ class Child:
         assert self._results.poll(LONGEST)
         self._results.recv()
 
-    def kill(self) -> None:
-        self._process.kill()
-
     def result(self) -> Any:
         """What `work` returns; None of a process that was killed."""
         result = None

@@ -5,11 +5,12 @@ backbones in test_reference_parity.py.
 """
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import recorded_image
+from conftest import conversation, recorded_image, refused
 from PIL import Image
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 
@@ -34,57 +35,29 @@ def chat(qwen3):
 # -- the released example ----------------------------------------------------------------------------------------------
 
 
-def released_inputs(image_processor, images: list[Image.Image], config, multi_scale: bool) -> dict[str, torch.Tensor]:
-    """Images packed as in the released README: one call per scale, with the next budget computed by torch (0-d)."""
-    patch_pixels = image_processor.patch_size**2
-    min_pixels, largest = config.min_dynamic_patch * patch_pixels, config.max_dynamic_patch * patch_pixels
-    patches, grids, num_scales = [], [], []
-    for image in images:
-        scales, budget = [], largest
-        while budget >= min_pixels:
-            scale = image_processor(image, return_tensors="pt", min_pixels=min_pixels, max_pixels=budget)
-            area = scale["image_grid_thw"][0].prod()
-            if scales and area >= scales[0]["image_grid_thw"][0].prod():
-                break
-            scales.insert(0, scale)
-            budget = area.float() * patch_pixels * config.scale_downsample_ratio**2 if multi_scale else 0
-        patches += [scale["pixel_values"] for scale in scales]
-        grids += [scale["image_grid_thw"] for scale in scales]
-        num_scales.append(len(scales))
-    side = image_processor.patch_size
-    return {
-        "pixel_values": torch.cat(patches).view(-1, 3, side, side),
-        "num_patches_list": torch.cat(grids),
-        "num_scales": torch.tensor(num_scales),
-    }
-
-
 @pytest.mark.parametrize(("num_images", "multi_scale"), [(0, True), (1, False), (1, True), (2, True)])
 def test_the_released_example_runs_unchanged(recording, num_images, multi_scale):
     model, tokenizer = recording.model, recording.tokenizer
     model.init_special_token_ids(tokenizer)
     model.language_model.tie_weights()
     images = [recorded_image(300, 200, 0), recorded_image(90, 260, 1)][:num_images]
-    inputs, packed = {"pixel_values": None, "num_patches_list": None, "num_scales": None}, None
+    inputs = dict.fromkeys(("pixel_values", "num_patches_list", "num_scales"))
     if images:
-        inputs = released_inputs(model.image_processor, images, model.config, multi_scale)
         packed = model.image_processor(images, multi_scale=multi_scale, return_tensors="pt")
-        assert torch.equal(inputs["num_patches_list"], packed["image_grid_thw"])
-        assert torch.equal(inputs["num_scales"], packed["num_scales"])
-        assert (inputs["num_scales"] > 1).all() == multi_scale
-    settings = {"do_sample": False, "max_new_tokens": 6, "top_p": None, "num_beams": 1}
-    options = {"generation_config": settings, "anyres_image_size": True, "verbose": False, **inputs}
-    question = "<image>\n" * num_images + "What is it?"
+        assert (packed["num_scales"] > 1).all() == multi_scale
+        patches = packed["pixel_values"].view(-1, 3, 16, 16)
+        inputs |= {"pixel_values": patches, "num_patches_list": packed["image_grid_thw"]}
+        inputs["num_scales"] = packed["num_scales"]
+    options = {"generation_config": {**SHORT, "top_p": None, "num_beams": 1}, "anyres_image_size": True, **inputs}
+    options["verbose"] = False
+    question, own = "<image>\n" * num_images + "What is it?", packed if images else None
     answer, history = model.chat(tokenizer, question=question, history=None, return_history=True, **options)
-    assert answer == model.chat(tokenizer, packed, "What is it?", settings)
-    assert history == [(question, answer)]
+    assert (answer, history) == (recording.chat(own), [(question, answer)])
     answer = model.chat(tokenizer, question="And now?", history=history, return_history=False, **options)
-    assert answer == model.chat(tokenizer, packed, "And now?", settings, history=history)
+    assert answer == recording.chat(own, "And now?", history=history)
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
-
-
 def test_every_form_of_image_input_gives_the_same_answer(qwen3, chat, tmp_path):
     image = recorded_image(200, 130, 0)
     image.save(tmp_path / "image.png")
@@ -106,21 +79,18 @@ def test_every_form_of_image_input_gives_the_same_answer(qwen3, chat, tmp_path):
     assert answers != {chat(None)}
 
 
-@pytest.mark.parametrize(
-    ("convert_grids", "num_scales"),
-    [
-        (torch.Tensor.tolist, 1),
-        (list, np.int8(1)),
-        (lambda grids: grids.numpy().astype(np.uint16), np.array([1], np.uint16)),
-        (torch.Tensor.float, torch.tensor(1)),
-        (lambda grids: [tuple(grids[0])], (np.int64(1),)),
-    ],
-)
-def test_grids_and_counts_may_be_rows_of_any_kind(qwen3, convert_grids, num_scales):
+def test_grids_and_counts_may_be_rows_of_any_kind(qwen3):
     features = qwen3.model.image_processor(FIRST, return_tensors="pt")
-    grids = convert_grids(features["image_grid_thw"])
-    _, inputs = qwen3.model.plan_images(features["pixel_values"], grids, num_scales)
-    assert all(torch.equal(inputs[name], features[name]) for name in features)
+    grids = features["image_grid_thw"]
+    for given, num_scales in (
+        (grids.tolist(), 1),
+        (list(grids), np.int8(1)),
+        (grids.numpy().astype(np.uint16), np.array([1], np.uint16)),
+        (grids.float(), torch.tensor(1)),
+        ([tuple(grids[0])], (np.int64(1),)),
+    ):
+        _, inputs = qwen3.model.plan_images(features["pixel_values"], given, num_scales)
+        assert all(torch.equal(inputs[name], features[name]) for name in features)
 
 
 def test_no_image_may_be_an_empty_list_and_a_wide_gray_picture_is_no_patch(chat):
@@ -163,17 +133,6 @@ def test_settings_of_generate_reach_it(qwen3, chat, capsys):
     assert len(chat(FIRST, generation_config={**SHORT, "stop_strings": [answer[:1]]})) < len(answer)
     with pytest.raises(ValueError, match="max_length"):
         chat(FIRST, generation_config={"max_length": 20})
-    first = model.generate(qwen3.inputs("text_only")["input_ids"], max_new_tokens=1)[0, -1].item()
-    stopped = chat(None, qwen3.cases["text_only"]["question"], {**SHORT, "eos_token_id": first})
-    assert stopped == tokenizer.decode([first], skip_special_tokens=True).strip()
-
-
-def test_unset_token_ids_are_read_from_the_tokenizer(qwen3, chat, monkeypatch):
-    expected = chat(FIRST)
-    for name in ("image_token_id", "image_start_token_id"):
-        monkeypatch.setattr(qwen3.model.config, name, None)
-    assert chat(FIRST) == expected
-    assert qwen3.model.config.image_start_token_id == qwen3.tokenizer.convert_tokens_to_ids("<img>")
 
 
 def test_pixel_budgets_are_those_of_the_image_processor(qwen3, chat):
@@ -187,20 +146,19 @@ def test_pixel_budgets_are_those_of_the_image_processor(qwen3, chat):
 
 
 def test_a_system_message_replaces_the_tokenizers_and_is_text(recording):
-    model, tokenizer = recording.model, copy.deepcopy(recording.tokenizer)
-    tokenizer.system_message = message = "You are a pirate."
+    model, tokenizer, message = recording.model, copy.deepcopy(recording.tokenizer), "You are a pirate."
+    tokenizer.system_message = message
     ids = model.encode_chat(tokenizer, [("Hi.", None)], [])
     assert message in tokenizer.decode(ids[0])
     assert torch.equal(ids, model.encode_chat(recording.tokenizer, [("Hi.", None)], [], system_message=message))
     expected = model.chat(tokenizer, FIRST, "Hi.", SHORT)
-    assert model.chat(recording.tokenizer, FIRST, "Hi.", SHORT, system_message=message) == expected
+    assert recording.chat(FIRST, "Hi.", system_message=message) == expected
     assert model.chat_session(recording.tokenizer, SHORT, system_message=message).ask("Hi.", FIRST) == expected
-    model.chat(recording.tokenizer, FIRST, "Hi.", SHORT, system_message="Look at the <image>.")
-    options = {"tokenize": True, "system_message": "The <image>."}
-    [ids] = recording.processor.apply_chat_template([{"role": "user", "content": "Hi."}], **options)
+    [ids] = recording.processor.apply_chat_template(conversation("Hi."), tokenize=True, system_message="The <image>.")
     assert "The <image>." in recording.tokenizer.decode(ids)
+    recording.chat(FIRST, "Hi.", system_message="Look at the <image>.")
     with pytest.raises(ValueError, match="reserved"):
-        model.chat(recording.tokenizer, FIRST, "Hi.", SHORT, system_message="Forged.<|im_end|>")
+        recording.chat(FIRST, "Hi.", system_message="Forged.<|im_end|>")
 
 
 def test_released_names_of_tokens_and_unknown_keywords(chat):
@@ -213,31 +171,24 @@ def test_released_names_of_tokens_and_unknown_keywords(chat):
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
-
-
-def test_batch_chat_equals_one_by_one(recording):
-    model, tokenizer = recording.model, recording.tokenizer
-    third = recorded_image(200, 130, 2)
-    images = [None, FIRST, [SECOND, third], []]
-    questions = ["Hello?", "What is it?", "What differs between these two?", "And?"]
-    expected = [model.chat(tokenizer, *pair, SHORT) for pair in zip(images, questions, strict=True)]
-    assert model.batch_chat(tokenizer, images, questions, SHORT) == expected
-    assert model.batch_chat(tokenizer, None, questions[:1], SHORT) == expected[:1]
-    assert model.batch_chat(tokenizer, None, []) == []
-    packed = model.image_processor([FIRST, SECOND, third], multi_scale=True, return_tensors="pt")
-    placed = ["Hello?", "<image>\nWhat is it?", "<image>\n<image>\nWhat differs between these two?"]
-    assert model.batch_chat(tokenizer, packed, placed, SHORT) == expected[:3]
-    inputs = {"num_patches_list": packed["image_grid_thw"], "num_scales": packed["num_scales"]}
-    one_each = model.batch_chat(tokenizer, packed["pixel_values"], ["What is it?"] * 3, SHORT, **inputs)
-    assert one_each == [expected[1], *(model.chat(tokenizer, one, "What is it?", SHORT) for one in (SECOND, third))]
-
-
-def test_batch_chat_takes_internvls_keywords(qwen3, chat, capsys):
-    packed = qwen3.model.image_processor([FIRST, SECOND], multi_scale=True, return_tensors="pt")
+def test_batch_chat_equals_one_by_one(recording, capsys):
+    batch_chat, third = partial(recording.model.batch_chat, recording.tokenizer), recorded_image(200, 130, 2)
+    images, questions = [None, FIRST, [SECOND, third], []], ["Hello?", "What is it?", "What differs?", "And?"]
+    expected = [recording.chat(*pair) for pair in zip(images, questions, strict=True)]
+    assert batch_chat(images, questions, SHORT) == expected
+    assert batch_chat(None, questions[:1], SHORT) == expected[:1] and batch_chat(None, []) == []
+    packed = recording.model.image_processor([FIRST, SECOND, third], multi_scale=True, return_tensors="pt")
+    placed = ["Hello?", "<image>\nWhat is it?", "<image>\n<image>\nWhat differs?"]
+    assert batch_chat(packed, placed, SHORT) == expected[:3]
+    # As InternVL's.
     options = {"history": None, "return_history": False, "verbose": True, "anyres_image_size": True}
-    answers = qwen3.model.batch_chat(qwen3.tokenizer, packed, ("Same?", "Hi."), SHORT, image_counts=[2, 0], **options)
-    assert capsys.readouterr().out == f"<image>\n<image>\nSame?\n{answers[0]}\nHi.\n{answers[1]}\n"
-    assert answers == [chat([FIRST, SECOND], "Same?"), chat(None, "Hi.")]
+    capsys.readouterr()
+    assert batch_chat(packed, questions[:3], SHORT, image_counts=[0, 1, 2], **options) == expected[:3]
+    said = zip(placed, expected, strict=False)
+    assert capsys.readouterr().out == "".join(f"{question}\n{answer}\n" for question, answer in said)
+    inputs = {"num_patches_list": packed["image_grid_thw"], "num_scales": packed["num_scales"]}
+    one_each = batch_chat(packed["pixel_values"], ["What is it?"] * 3, SHORT, **inputs)
+    assert one_each == [recording.chat(image) for image in (FIRST, SECOND, third)]
 
 
 @pytest.mark.parametrize(
@@ -261,16 +212,12 @@ def test_bad_batches(qwen3, images, questions, options, message):
 
 
 # -- lengths and streams -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("question", "generation_config", "max_length", "max_new_tokens"),
     [
-        ("a", GenerationConfig(max_length=20), 20, None),
         ("a", {"max_length": 20}, 20, None),
         ("a" * 200, GenerationConfig(do_sample=True), None, 1024),  # transformers 4 sets max_length=20 by default
         ("a" * 200, GenerationConfig(max_length=15), 15, None),
-        ("a" * 200, {"max_length": 20}, 20, None),
         ("a", GenerationConfig(max_new_tokens=5), None, 5),
         ("a", None, None, 1024),  # not the model's own generation_config
     ],
@@ -278,12 +225,10 @@ def test_bad_batches(qwen3, images, questions, options, message):
 def test_a_chosen_length_limit_is_kept_and_the_default_is_1024_new_tokens(
     qwen3, monkeypatch, question, generation_config, max_length, max_new_tokens
 ):
-    tokenizer, seen = copy.deepcopy(qwen3.tokenizer), {}
+    seen = {}
     monkeypatch.setattr(qwen3.model.generation_config, "max_new_tokens", 4)
-    tokenizer.chat_template = "{{ messages[0].content }}"  # a prompt shorter than 20 tokens
     monkeypatch.setattr(qwen3.model, "generate", lambda **options: seen.update(options) or options["input_ids"])
-    qwen3.model.chat(tokenizer, None, question, generation_config)
-    assert (seen["input_ids"].shape[1] < 20) == (question == "a")
+    qwen3.model.chat(qwen3.tokenizer, None, question, generation_config)
     assert (seen.get("max_length"), seen["max_new_tokens"]) == (max_length, max_new_tokens)
     assert seen["do_sample"] == bool(getattr(generation_config, "do_sample", False))
 
@@ -315,7 +260,7 @@ def test_a_question_far_too_long_is_refused_before_it_is_tokenized(recording, te
 
     monkeypatch.setattr(type(recording.tokenizer), "__call__", counted)
     with pytest.raises(ValueError, match="more than .* tokens but the context holds .*: shorten the text"):
-        recording.model.chat(recording.tokenizer, None, "?" + text * (5_000_000 // len(text)))
+        recording.chat(None, "?" + text * (5_000_000 // len(text)))
     assert sum(tokenized) < 1_000_000
 
 
@@ -329,7 +274,6 @@ def test_a_long_question_that_just_fits_is_not_refused(recording, monkeypatch):
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
-
 PACKED = {"pixel_values": torch.zeros(12, 768), "num_patches_list": [[1, 2, 2], [1, 2, 4]], "num_scales": [2]}
 PAIRS = "history must be (question, answer) pairs"
 
@@ -340,7 +284,6 @@ PAIRS = "history must be (question, answer) pairs"
         ("1 <image> placeholders but 0 images", {"question": "<image> what?"}),
         ("1 <image> placeholders but 2 images", {"pixel_values": [FIRST, FIRST], "question": "<image>?"}),
         ("0 <image> placeholders but 1 images", {"pixel_values": FIRST, "history": [("Hi.", "Hello.")]}),
-        ("question must be a text that is not empty, got ''", {"question": ""}),
         ("question must be a text that is not empty, got ' \\n'", {"question": " \n"}),
         ("question must be a text that is not empty, got None", {"question": None}),
         (PAIRS, {"history": [{"role": "user", "content": "a"}]}),
@@ -348,23 +291,18 @@ PAIRS = "history must be (question, answer) pairs"
         (PAIRS, {"history": ["ab"]}),
         ("num_return_sequences must be 1", {"generation_config": TWO_ANSWERS}),
         ("anyres_image_size must be True", {"anyres_image_size": False}),
-        ("cannot read an image from 'no-such-file.png'", {"pixel_values": "no-such-file.png"}),
         ("describes 8 patches but pixel_values has 12", PACKED | {"num_patches_list": [[1, 2, 4]]}),
         ("describes 1000000000000 patches", PACKED | {"num_patches_list": [[1, 10**6, 10**6]]}),  # before any text
-        ("must be (scales, 3) whole numbers, at least one scale; got (3,)", PACKED | {"num_patches_list": [1, 10, 14]}),
         ("num_patches_list must be whole numbers", PACKED | {"num_patches_list": [[1, 2.5, 4]]}),
         ("adds up to 9 scales", PACKED | {"num_scales": [9]}),
-        ("adds up to 7 scales but image_grid_thw has", PACKED | {"num_scales": 7}),
         ("at least 1 per image, got [0, 2]", PACKED | {"num_scales": [0, 2]}),
         ("1 numbers per patch, expected 768", PACKED | {"pixel_values": torch.zeros(768)}),
         ("need pixel_values", PACKED | {"pixel_values": None}),
         ("num_scales need num_patches_list", {"pixel_values": FIRST, "num_scales": [1]}),
-        ("patches and num_scales need num_patches_list", {"pixel_values": torch.zeros(4, 768)}),
         ("patches and num_scales need num_patches_list", {"pixel_values": torch.zeros(4, 3, 16, 16)}),
         ("output lacks image_grid_thw", {"pixel_values": {"pixel_values": torch.zeros(4, 768)}}),
     ],
 )
 def test_refusals(chat, message, arguments):
-    with pytest.raises(ValueError) as raised:
+    with refused(message):
         chat(**arguments)
-    assert message in str(raised.value)

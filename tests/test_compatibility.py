@@ -6,11 +6,14 @@ compared with the files or with recordings.
 """
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, conversation, recorded_image, refused, relative_error, run_python
+from conftest import ROOT, conversation, load_model, recorded_image, refused, relative_error
+from fresh_process import save_expected
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import (
@@ -27,13 +30,7 @@ from navil import CODE_FILES
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
 
-def load(recording, **options):
-    return AutoModel.from_pretrained(recording.folder, trust_remote_code=True, **options).eval()
-
-
 # -- loading -----------------------------------------------------------------------------------------------------------
-
-
 def assert_weights_are_the_files(model, folder):
     stored = load_file(folder / "model.safetensors")
     loaded = model.state_dict()
@@ -49,8 +46,7 @@ def assert_weights_are_the_files(model, folder):
 LOADING = {
     "AutoModel": (AutoModel, {}),
     "AutoModelForCausalLM": (AutoModelForCausalLM, {}),
-    "AutoModelForImageTextToText": (AutoModelForImageTextToText, {}),
-    "one device": (AutoModel, {"device_map": "cpu"}),
+    "AutoModelForImageTextToText": (AutoModelForImageTextToText, {"device_map": "cpu"}),
     "devices chosen": (AutoModel, {"device_map": "auto"}),
     "meta device first": (AutoModel, {"low_cpu_mem_usage": True}),
     "released call": (AutoModel, {"torch_dtype": torch.float32, "low_cpu_mem_usage": True, "load_in_8bit": False}),
@@ -79,7 +75,7 @@ def test_a_subfolder_holds_weights_and_settings_of_its_own(tiny):
 
 
 def test_half_precision_rounds_the_weights_but_not_the_rotary_angles(recording):
-    model = load(recording, torch_dtype=torch.bfloat16, low_cpu_mem_usage=True, load_in_8bit=False)
+    model = load_model(recording.folder, torch_dtype=torch.bfloat16, low_cpu_mem_usage=True, load_in_8bit=False)
     stored, loaded = load_file(recording.folder / "model.safetensors"), model.state_dict()
     assert [name for name in stored if not torch.equal(loaded[name], stored[name].bfloat16())] == []
     model = model.float()
@@ -127,68 +123,22 @@ def test_tokenizer_is_its_file(recording, text):
 
 
 def test_use_flash_attn_chooses_the_attention(recording, monkeypatch):
-    assert load(recording, use_flash_attn=False).language_model.config._attn_implementation == "sdpa"
-    eager = load(recording, use_flash_attn=None, attn_implementation="eager")
+    assert load_model(recording.folder, use_flash_attn=False).language_model.config._attn_implementation == "sdpa"
+    eager = load_model(recording.folder, use_flash_attn=None, attn_implementation="eager")
     assert eager.vision_model.config._attn_implementation == "eager"
     with refused("means attn_implementation='sdpa'"):
-        load(recording, use_flash_attn=False, attn_implementation="eager")
+        load_model(recording.folder, use_flash_attn=False, attn_implementation="eager")
     module = sys.modules[type(recording.model).__module__]
     monkeypatch.setattr(module, "is_flash_attn_2_available", lambda: False)
     with refused("needs an NVIDIA GPU and the package flash-attn"):
-        load(recording, use_flash_attn=True)
+        load_model(recording.folder, use_flash_attn=True)
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
-
-FRESH_PROCESS = """
-import copy, pickle, sys, numpy, torch
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, pipeline
-root, image, *folders = sys.argv[1:]
-
-def load(auto_class, folder, **options):
-    return auto_class.from_pretrained(folder, trust_remote_code=True, **options)
-
-# As people use the repository: weights in a subfolder, code at the root, the processor first.
-tiny = {"subfolder": "tiny"}
-processor, model = load(AutoProcessor, root, **tiny), load(AutoModel, root, **tiny).eval()
-tokenizer = load(AutoTokenizer, root, **tiny)
-load(AutoImageProcessor, root, **tiny)
-content = [{"type": "image", "url": image}, {"type": "text", "text": "Which bar is the highest?"}]
-messages = [{"role": "user", "content": content}]
-inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-output = model.generate(**inputs)
-print(model.chat(tokenizer, image, content[1]["text"]), end=" ")
-print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-
-for folder in folders:  # the first of them with the processor first
-    if folder == folders[0]:
-        processor, model = load(AutoProcessor, folder), load(AutoModel, folder).eval()
-    else:
-        model, processor = load(AutoModel, folder).eval(), load(AutoProcessor, folder)
-    saved = torch.load(folder + ".pt")
-    for copied in (model, pickle.loads(pickle.dumps(model))):
-        with torch.no_grad():
-            logits = copied(**saved["inputs"]).logits
-        assert torch.equal(logits, saved["logits"]), (logits - saved["logits"]).abs().max()
-    assert model.vision_model.config._attn_implementation == model.language_model.config._attn_implementation == "sdpa"
-    assert processor.tokenizer(saved["text"])["input_ids"] == load(AutoTokenizer, folder)(saved["text"])["input_ids"]
-    assert processor.tokenizer(saved["text"])["input_ids"] == saved["ids"]
-    assert processor.image_processor.to_dict() == saved["image settings"]
-    for original in (model.image_processor, processor.image_processor, load(AutoImageProcessor, folder)):
-        for copied in (pickle.loads(pickle.dumps(original)), copy.deepcopy(original)):
-            assert copied.to_dict() == original.to_dict()
-            assert copied(numpy.zeros((9, 9)))["num_scales"].tolist() == [1]
-
-print("pipeline", file=sys.stderr)  # which says its device
-pipe = pipeline("image-text-to-text", model=root, trust_remote_code=True, model_kwargs=tiny)
-print(pipe(text=messages, return_full_text=False)[0]["generated_text"])
-"""
-
-
 def test_saved_folders_and_the_repository_load_in_a_fresh_process_without_a_warning(recordings, tiny, tmp_path):
     """Each folder is saved, loaded and saved again; then a process without these modules loads and pickles it."""
-    names, text = [*recordings, "tiny"], "Was ist das? 你好"
-    for name, original in zip(names, [*recordings.values(), tiny], strict=True):
+    image, expected = recorded_image(90, 60, 0), []
+    for name, original in (recordings | {"tiny": tiny}).items():
         model, processor = original.model, original.processor
         for folder in (tmp_path / f"{name}-once", tmp_path / name):
             model.save_pretrained(folder)
@@ -198,43 +148,33 @@ def test_saved_folders_and_the_repository_load_in_a_fresh_process_without_a_warn
         assert {*CODE_FILES} <= {path.name for path in folder.iterdir()}
         configs = [json.loads((path / "config.json").read_text()) for path in (folder, ROOT)]
         assert configs[0]["auto_map"] == configs[1]["auto_map"]
-        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        chat = conversation("What is it?", recorded_image(90, 60, 0))
-        inputs = dict(original.processor.apply_chat_template(chat, **options))
-        with torch.no_grad():
-            logits = original.model(**inputs).logits
-        expected = {"inputs": inputs, "logits": logits, "text": text, "ids": original.tokenizer(text)["input_ids"]}
-        expected["image settings"] = original.processor.image_processor.to_dict()
-        torch.save(expected, tmp_path / f"{name}.pt")
-    folders = [tmp_path / name for name in names]
-    run = run_python(FRESH_PROCESS, ROOT, ROOT / "examples" / "chart.png", *folders, modules=tmp_path / "modules")
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == "B B\nB\n" and run.stderr.startswith("pipeline\n"), run.stderr
-
-
-def test_tying_survives_saving(recording, tmp_path):
-    tied = load(recording, tie_word_embeddings=True)
-    tied.tie_weights()  # transformers 5 leaves it at what the file says, where that holds two matrices
-    tied.save_pretrained(tmp_path)
-    model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
-    assert model.config.tie_word_embeddings and model.config.text_config.tie_word_embeddings
-    assert model.lm_head.weight is model.language_model.embed_tokens.weight
+        expected.append(save_expected(original, folder, tmp_path / f"{name}.pt", image))
+    chart = ROOT / "examples" / "chart.png"
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "TQDM_DISABLE": "1"}
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
+    for arguments, answers in ((expected, ""), (["--repository", ROOT, chart], "B B\nB\n")):
+        run = subprocess.run([sys.executable, ROOT / "tests" / "fresh_process.py", *arguments], **options)
+        assert run.returncode == 0 and run.stdout == answers, run.stderr
+        assert run.stderr.partition("pipeline\n")[0] == "", run.stderr
 
 
 def test_base_model_gives_the_last_hidden_state_and_reloads_alone(recording, tmp_path):
-    model, inputs = recording.model, recording.inputs("single")
+    """Tied, as well."""
+    model, inputs = load_model(recording.folder, tie_word_embeddings=True), recording.inputs("single")
+    model.tie_weights()  # transformers 5 leaves it at what the file says, where that holds two matrices
     with torch.no_grad():
         hidden = model.base_model(**inputs).last_hidden_state
         assert torch.equal(model.lm_head(hidden), model(**inputs).logits)
         model.save_pretrained(tmp_path)
         alone = type(model.base_model).from_pretrained(tmp_path).eval()
         assert torch.equal(alone(**inputs).last_hidden_state, hidden)
-    assert model.vision_model is model.model.vision_model and model.language_model is model.get_decoder()
+    tied = load_model(tmp_path)
+    assert tied.config.tie_word_embeddings and tied.config.text_config.tie_word_embeddings
+    assert tied.lm_head.weight is tied.language_model.embed_tokens.weight
+    assert tied.vision_model is tied.model.vision_model and tied.language_model is tied.get_decoder()
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
-
-
 def losses_of_steps(model, batch, steps, learning_rate) -> list[float]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate)
@@ -251,7 +191,7 @@ def losses_of_steps(model, batch, steps, learning_rate) -> list[float]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_training_step(recording, checkpointing):
-    model = load(recording).train()
+    model = load_model(recording.folder).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = recording.inputs("single") | {"labels": recording.tensors("single")["labels"]}
@@ -275,7 +215,7 @@ def adapted(recording, kind):
         "prefix tuning": lambda: peft.PrefixTuningConfig(**virtual),
         "LoRA": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
     }[kind]()
-    return peft.get_peft_model(load(recording), config)
+    return peft.get_peft_model(load_model(recording.folder), config)
 
 
 @pytest.mark.parametrize("kind", ["prompt tuning", "p-tuning", "prefix tuning", "LoRA"])
@@ -299,7 +239,7 @@ def test_adapter_trains_generates_and_reloads(internlm2, tmp_path, kind):
     assert torch.equal(together, sequence)
 
     model.save_pretrained(tmp_path)
-    reloaded = sys.modules["peft"].PeftModel.from_pretrained(load(internlm2), tmp_path).eval()
+    reloaded = sys.modules["peft"].PeftModel.from_pretrained(load_model(internlm2.folder), tmp_path).eval()
     assert torch.equal(reloaded.generate(**inputs, **GREEDY), together)
 
 

@@ -84,11 +84,8 @@ def test_sentencepiece_model_comes_along(tmp_path):
     assert (back / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
     assert not (back / "tokenizer.json").exists()
     again = convert("official", back, tmp_path / "again")
-    assert (again / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    one, other = (AutoTokenizer.from_pretrained(path, trust_remote_code=True) for path in (folder, again))
-    ids = one("Hello  <ref>world</ref> 人工智能<|im_end|>").input_ids
-    assert other("Hello  <ref>world</ref> 人工智能<|im_end|>").input_ids == ids
-    assert one.decode(ids) == other.decode(ids)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert read_json(again / name) == read_json(folder / name)
 
 
 SETTINGS = [
@@ -99,22 +96,18 @@ SETTINGS = [
     ("text_config", {"num_attention_heads": 8}, "8 heads of size 16"),
     ("text_config", {"num_hidden_layers": 4}, "16 missing: model.language_model.layers.3"),
     (None, {"model_type": "llava"}, "model_type is 'llava'"),
+    (None, {"chat_template": "{{ messages[0].content }}"}, "not 'internlm2-chat' as released"),
 ]
 
 
 @pytest.mark.parametrize(("section", "changes", "message"), SETTINGS)
 def test_settings_that_cannot_be_represented_are_refused(recordings, tmp_path, capsys, section, changes, message):
     folder = shutil.copytree(recordings["internlm2"].folder, tmp_path / "navil")
-    edit_json(folder / "config.json", section, **changes)
+    name = "tokenizer_config.json" if "chat_template" in changes else "config.json"
+    edit_json(folder / name, section, **changes)
+    if name == "tokenizer_config.json":
+        (folder / "chat_template.jinja").write_text(changes["chat_template"])  # where later versions look
     assert message in refusal(capsys, "export", folder, tmp_path / "released")
-
-
-def test_another_chat_template_is_refused(tmp_path, capsys):
-    folder = convert("official", FIXTURES / "qwen3", tmp_path / "navil")
-    template = "{{ messages[0].content }}"
-    edit_json(folder / "tokenizer_config.json", chat_template=template)
-    (folder / "chat_template.jinja").write_text(template)  # where later versions look
-    assert "not 'qwen3-chat' as released" in refusal(capsys, "export", folder, tmp_path / "released")
 
 
 def test_an_output_matrix_that_is_no_product_is_refused(tmp_path, capsys):

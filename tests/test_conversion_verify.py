@@ -20,7 +20,6 @@ from conversion_helpers import (
     write_internlm2,
     write_llm,
 )
-from test_conversion_from_llm import smollm2
 
 import convert_checkpoint
 from conversion import loading, verify
@@ -66,8 +65,6 @@ def divergence(line: str) -> float:
 
 
 # -- against a source --------------------------------------------------------------------------------------------------
-
-
 def test_a_conversion_answers_as_its_source(folder, capsys):
     """In a fresh process, as users run it."""
     code, lines = report(capsys, folder, "--against", FIXTURES / "qwen3")
@@ -90,12 +87,9 @@ def test_a_conversion_to_half_precision_is_close(tmp_path, capsys, in_this_proce
 
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "internlm2"])
 def test_a_text_llm_answers_as_before(tmp_path, capsys, in_this_process, architecture):
-    if architecture == "internlm2":
-        write_internlm2(tmp_path / "llm")
-    else:
-        write_llm(tmp_path / "llm", model_type=architecture, vocab_size=330)
-    folder = convert("from-llm", tmp_path / "llm", tmp_path / "navil")
-    code, lines = report(capsys, folder, "--against", tmp_path / "llm")
+    is_internlm2, llm = architecture == "internlm2", tmp_path / "llm"
+    write_internlm2(llm) if is_internlm2 else write_llm(llm, model_type=architecture, vocab_size=330)
+    code, lines = report(capsys, convert("from-llm", llm, tmp_path / "navil"), "--against", llm)
     assert code == 0 and "KL, picture" not in lines
     assert lines["top-1 agreement, text"] == "ok      100.0%"
     assert divergence(lines["KL, text"]) < 1e-9
@@ -161,16 +155,7 @@ def test_the_embedded_checkpoint_passes(capsys, in_this_process):
     assert code == 0 and lines["Auto classes"].startswith("ok"), lines
 
 
-def test_smollm2(tmp_path, capsys):
-    folder = convert("from-llm", smollm2(), tmp_path / "navil", "--vision-size", "2x128")
-    code, lines = report(capsys, folder, "--against", smollm2())
-    assert code == 0 and lines["top-1 agreement, text"] == "ok      100.0%"
-    assert divergence(lines["KL, text"]) < 1e-6
-
-
 # -- tensors -----------------------------------------------------------------------------------------------------------
-
-
 def spoil(value: float):
     return lambda tensors: tensors[NAME][0, :3].fill_(value)
 
@@ -207,8 +192,6 @@ def test_a_flipped_bit_of_a_weight_is_named(folder, capsys):
 
 
 # -- settings and files ------------------------------------------------------------------------------------------------
-
-
 def image_settings(folder: Path) -> Path:
     """Where the image processor's settings are: transformers 5 has one file for the whole processor."""
     path = folder / "preprocessor_config.json"
@@ -259,10 +242,8 @@ def test_incomplete_folders(folder, tmp_path, capsys):
         code, lines = report(capsys, folder)
         assert code == 1 and lines[check].startswith("FAILED")
     (folder / "config.json").unlink()
-    for source, message in (
-        (folder, "cannot read"),
-        (copy_released(tmp_path / "source"), "model_type is 'navil_chat'"),
-    ):
+    released = copy_released(tmp_path / "source")
+    for source, message in ((folder, "cannot read"), (released, "model_type is 'navil_chat'")):
         assert convert_checkpoint.main(["verify", str(source)]) == 1
         assert message in capsys.readouterr().err
 

@@ -2,8 +2,8 @@
 
 import copy
 import io
+import itertools
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -164,13 +164,13 @@ def test_files_that_once_crashed(path):
 
 def test_a_decoder_that_runs_out_of_memory(tmp_path, monkeypatch):
     """As for a damaged JPEG 2000 whose header stated a huge size."""
-    recorded_image(8, 8, 0).save(tmp_path / "picture.png")
 
     def load(self):
         raise MemoryError
 
-    monkeypatch.setattr(Image.Image, "load", load)
-    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    recorded_image(8, 8, 0).save(tmp_path / "picture.png")
+    for image_class in (Image.Image, ImageFile.ImageFile):
+        monkeypatch.setattr(image_class, "load", load)
     with refused("picture.png': MemoryError"):
         load_image(tmp_path / "picture.png")
 
@@ -190,29 +190,11 @@ def test_damaged_files_are_read_or_refused(data, tmp_path_factory):
 
 
 # -- size and memory ---------------------------------------------------------------------------------------------------
-
-
-def png_of_nothing(width: int, height: int) -> bytes:
-    """A valid black 1-bit PNG without ever holding its pixels."""
-    row = bytes(1 + -(-width // 8))
-    packer = zlib.compressobj(9)
-    pixels = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    chunks = (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", pixels), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
-    )
-
-
-def test_a_bomb_is_refused_by_pillows_guard(tmp_path):
-    (tmp_path / "bomb.png").write_bytes(png_of_nothing(20_000, 20_000))
-    with pytest.raises(ValueError, match="400000000 pixels.*decompression bomb"):
-        NaViLImageProcessor()(tmp_path / "bomb.png")
-
-
-def test_a_lifted_guard_lets_it_through(tmp_path, monkeypatch):
-    (tmp_path / "bomb.png").write_bytes(png_of_nothing(3_000, 2_000))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
-    with pytest.raises(ValueError, match="decompression bomb"):
+def test_a_bomb_is_refused_by_pillows_guard_unless_it_is_lifted(tmp_path, monkeypatch):
+    assert Image.MAX_IMAGE_PIXELS < 10**8
+    Image.new("1", (3_000, 2_000)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000_000)
+    with pytest.raises(ValueError, match="6000000 pixels.*decompression bomb"):
         NaViLImageProcessor()(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     features = NaViLImageProcessor()(tmp_path / "bomb.png", min_pixels=1024, max_pixels=9_600)
@@ -221,16 +203,13 @@ def test_a_lifted_guard_lets_it_through(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("max_pixels", "fraction"), [(10**9, 1), (9_600, 2), (1_200, 4), (256, 8), (1, 8)])
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(max_pixels, fraction, tmp_path):
-    recorded_image(480, 320, 0).save(tmp_path / "large.jpg", exif=turned(6))
     path = tmp_path / "large.jpg"
-    source, size = measure_image(str(path))
-    image = decode_image(source, max_pixels)
-    for other in (path.read_bytes(), path.as_uri()):
-        source, other_size = measure_image(other)
-        assert (decode_image(source, max_pixels), other_size) == (image, size)
-    assert size == (480, 320)  # upright
-    assert image.size == (320 // fraction, 480 // fraction)
-    assert fraction == 8 or image.width * image.height < 16 * max_pixels or fraction == 1
+    recorded_image(480, 320, 0).save(path, exif=turned(6))
+    for form in (str(path), path.read_bytes(), path.as_uri()):
+        source, size = measure_image(form)
+        image = decode_image(source, max_pixels)
+        assert size == (480, 320) and image.size == (320 // fraction, 480 // fraction)  # upright
+    assert fraction in (1, 8) or image.width * image.height < 16 * max_pixels
 
 
 def test_a_draft_is_planned_as_the_whole_picture_and_looks_like_it(tmp_path):
@@ -326,8 +305,6 @@ def test_a_suggested_budget_fits_images_with_budgets_of_their_own():
 
 
 # -- arrays ------------------------------------------------------------------------------------------------------------
-
-
 @fuzz
 @given(
     seed=st.integers(0, 9),
@@ -359,23 +336,13 @@ def test_input_data_format_decides_where_a_shape_is_ambiguous():
         load_image(array, "HWC")
 
 
-@fuzz
-@given(
-    value=st.sampled_from([np.nan, np.inf, -np.inf, -0.1, 1.1, 255.0]),
-    place=st.integers(0, 26),
-    dtype=st.sampled_from(["float16", "float32", "float64"]),
-)
-def test_numbers_that_are_no_pixels(value, place, dtype):
-    array = np.full(27, 0.5, dtype)
-    array[place] = value
-    with pytest.raises(ValueError, match="finite numbers between 0 and 1"):
-        load_image(array.reshape(3, 3, 3))
-
-
 def cut_off_image() -> Image.Image:
     file = io.BytesIO()
     recorded_image(50, 40, 3).save(file, "PNG")
     return Image.open(io.BytesIO(file.getvalue()[:200]))
+
+
+NO_PIXELS = itertools.product([np.nan, np.inf, -np.inf, -0.1, 1.1, 255.0], ["float16", "float32", "float64"])
 
 
 NO_IMAGES = [
@@ -383,7 +350,6 @@ NO_IMAGES = [
     (Image.new("RGB", (0, 5)), "at least one pixel, got 0 x 5"),
     (None, "NoneType"),
     (b"\x89PNG", "cannot read an image from"),
-    ({}, "needs one of image, bytes"),
     ({"type": "image", "image": None}, "needs one of image, bytes"),
     (object(), "object"),
     (7, "int"),
@@ -406,6 +372,7 @@ NO_IMAGES = [
     (np.zeros((0, 4, 3), np.uint8), "(0, 4, 3)"),
     (np.full((3, 3), 256), "integers from 0 to 255"),
     (torch.full((3, 3), -1), "integers from 0 to 255"),
+    *((np.array([[value, 0.5]], dtype), "finite numbers between 0 and 1") for value, dtype in NO_PIXELS),
 ]
 
 

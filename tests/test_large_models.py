@@ -4,67 +4,42 @@ import fnmatch
 
 import pytest
 import torch
-from conftest import ROOT, recorded_image, relative_error
+from conftest import ROOT, load_model, recorded_image, relative_error
 from distributed_worker import torchrun
 from torch import nn
-from transformers import AutoModel, TorchAoConfig
-
-FULL_PRECISION = ["vision_model", "connector", "lm_head"]
-SHORT = {"max_new_tokens": 5, "do_sample": False}
-
-
-def size_in_bytes(model: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def block_names(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules}
+from transformers import TorchAoConfig
 
 
 @pytest.mark.parametrize("share", [0.4, 0.8])
 def test_a_model_larger_than_memory_is_offloaded_to_disk(recording, tmp_path, share):
     """The split falls in the vision encoder with 40 % of the weights in memory, in the decoder with 80 %."""
-    model = AutoModel.from_pretrained(
-        recording.folder,
-        trust_remote_code=True,
-        device_map="auto",
-        max_memory={"cpu": int(share * size_in_bytes(recording.model))},
-        offload_folder=tmp_path,
-    ).eval()
+    size = sum(parameter.numel() * parameter.element_size() for parameter in recording.model.parameters())
+    placement = {"device_map": "auto", "max_memory": {"cpu": int(share * size)}, "offload_folder": tmp_path}
+    model = load_model(recording.folder, **placement)
     placed = model.hf_device_map
-    assert set(placed.values()) == {"cpu", "disk"}
     cut = "model.vision_model.blocks." if share < 0.5 else "model.language_model.layers."
-    assert {placed[name] for name in placed if name.startswith(cut)} == {"cpu", "disk"}
-    assert not any(name.startswith(f"{block}.") for name in placed for block in block_names(model))
+    assert {placed[name] for name in placed if name.startswith(cut)} == {"cpu", "disk"} == set(placed.values())
+    modules = recording.model.named_modules()
+    blocks = [name for name, module in modules if type(module).__name__ in model._no_split_modules]
+    config = model.config
+    assert len(blocks) == config.text_config.num_hidden_layers + config.vision_config.num_hidden_layers
+    assert not any(name.startswith(f"{block}.") for name in placed for block in blocks)
     inputs = recording.inputs("single")
     with torch.no_grad():
         assert relative_error(model(**inputs).logits, recording.model(**inputs).logits) < 1e-6
         text = {"input_ids": inputs["input_ids"][:, :4], "labels": inputs["input_ids"][:, :4]}
         assert torch.allclose(model(**text).loss, recording.model(**text).loss)
-    image = recorded_image(90, 60, 0)
-    expected = recording.model.chat(recording.tokenizer, image, "What?", SHORT)
-    assert model.chat(recording.tokenizer, image, "What?", SHORT) == expected
-
-
-def test_no_block_is_split(recording):
-    blocks = block_names(recording.model)
-    text, vision = recording.model.config.text_config, recording.model.config.vision_config
-    assert len(blocks) == text.num_hidden_layers + vision.num_hidden_layers
+    image, settings = recorded_image(90, 60, 0), {"max_new_tokens": 6}
+    assert model.chat(recording.tokenizer, image, "What?", settings) == recording.chat(image, "What?")
 
 
 def test_tensor_parallel_plan_covers_every_expert(recording):
-    model = recording.model
-    plan = model._tp_plan
-    linear = {
-        name: fnmatch.filter([name], "*.o_proj") or fnmatch.filter([name], "*.down_proj")
-        for name, module in model.language_model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    assert len(linear) == 14 * model.config.text_config.num_hidden_layers
-    for name, is_rowwise in linear.items():
-        full_name = f"model.language_model.{name}"
-        styles = [style for pattern, style in plan.items() if fnmatch.fnmatch(full_name, pattern)]
-        assert styles == ["rowwise" if is_rowwise else "colwise"], full_name
+    plan = recording.model._tp_plan
+    linear = [name for name, part in recording.model.language_model.named_modules() if isinstance(part, nn.Linear)]
+    assert len(linear) == 14 * recording.model.config.text_config.num_hidden_layers
+    for name in (f"model.language_model.{name}" for name in linear):
+        styles = [style for pattern, style in plan.items() if fnmatch.fnmatch(name, pattern)]
+        assert styles == ["rowwise" if name.endswith(("o_proj", "down_proj")) else "colwise"], name
     assert not any("vision_model" in pattern or "connector" in pattern for pattern in plan)
 
 
@@ -89,29 +64,20 @@ def test_quantized_experts_change_logits_little_and_vision_not_at_all(recording)
         "int8": quantization.Int8WeightOnlyConfig(),
         "int4": quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity.PerGroup(32)),
     }
-    inputs = recording.inputs("single")
+    inputs, divergence = recording.inputs("single"), {}
     features = (inputs["pixel_values"], inputs["image_grid_thw"])
-    divergence = {}
-    with torch.no_grad():
-        exact = recording.model(**inputs).logits.log_softmax(-1)
-        for name, scheme in schemes.items():
-            config = TorchAoConfig(scheme, modules_to_not_convert=list(FULL_PRECISION))
-            model = AutoModel.from_pretrained(
-                recording.folder, trust_remote_code=True, quantization_config=config
-            ).eval()
-            quantized = {
-                name for name, module in model.named_modules() if hasattr(module, "weight") and is_quantized(module)
-            }
-            assert len(quantized) == 14 * model.config.text_config.num_hidden_layers
-            assert all(name.endswith("_proj") for name in quantized)
+    for name, scheme in schemes.items():
+        config = TorchAoConfig(scheme, modules_to_not_convert=["vision_model", "connector", "lm_head"])
+        model = load_model(recording.folder, quantization_config=config)
+        weights = {name: module.weight for name, module in model.named_modules() if hasattr(module, "weight")}
+        quantized = [name for name, weight in weights.items() if type(weight) not in (nn.Parameter, torch.Tensor)]
+        assert len(quantized) == 14 * model.config.text_config.num_hidden_layers
+        assert all(name.endswith("_proj") for name in quantized)
+        with torch.no_grad():
             assert torch.equal(model.get_image_features(*features), recording.model.get_image_features(*features))
-            actual = model(**inputs).logits.log_softmax(-1)
-            divergence[name] = (exact.exp() * (exact - actual)).sum(-1).mean().item()
+            exact, actual = (m(**inputs).logits.log_softmax(-1) for m in (recording.model, model))
+        divergence[name] = (exact.exp() * (exact - actual)).sum(-1).mean().item()
     assert 0 < divergence["int8"] < 1e-3 and divergence["int8"] < divergence["int4"] < 0.1
-
-
-def is_quantized(module: nn.Module) -> bool:
-    return type(module.weight) not in (nn.Parameter, torch.Tensor)
 
 
 def test_quantization_benchmark_prints_its_table(capsys):

@@ -22,22 +22,23 @@ def pipe(recording):
     return load("image-text-to-text", recording.folder)
 
 
-def answer_of(recording, inputs, **settings) -> str:
-    new_ids = recording.generate(inputs, **{"max_new_tokens": 6, **settings})
-    return recording.processor.post_process_image_text_to_text(new_ids)[0]
-
-
 def test_a_pipeline_answers_as_chat_does_for_both_forms_of_an_image_part(recording, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     load.cache_clear()
     pipe = load("image-text-to-text", recording.folder)
     assert type(pipe.processor).__name__ == "NaViLProcessor" and "is not supported" not in caplog.text
-    expected = recording.model.chat(recording.tokenizer, IMAGE, "What is it?", {"max_new_tokens": 6})
     IMAGE.save(tmp_path / "image.png")
     url = "data:image/png;base64," + base64.b64encode((tmp_path / "image.png").read_bytes()).decode()
     openai = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
-    for messages in (conversation("What is it?", IMAGE), [{"role": "user", "content": openai}]):
-        assert pipe(text=messages, **SHORT)[0]["generated_text"].strip() == expected
+    chats = [
+        conversation("Two, in a longer question?", IMAGE, recorded_image(64, 64, 2)),
+        conversation("What is it?", IMAGE),
+        [{"role": "user", "content": openai}],
+    ]
+    expected = [recording.chat([IMAGE, recorded_image(64, 64, 2)], "Two, in a longer question?")]
+    expected += [recording.chat(IMAGE, "What is it?")] * 2
+    for answers in (pipe(text=chats, batch_size=3, **SHORT), [pipe(text=chat, **SHORT) for chat in chats]):
+        assert [record["generated_text"].strip() for [record] in answers] == expected
 
 
 def test_text_generation_pipeline_answers_as_the_model_does(recording):
@@ -46,14 +47,6 @@ def test_text_generation_pipeline_answers_as_the_model_does(recording):
     answer = pipe(chat, max_new_tokens=4, do_sample=False)[0]["generated_text"][-1]["content"]
     ids = recording.generate(recording.encode(chat), max_new_tokens=4)
     assert answer == recording.tokenizer.decode(ids[0], skip_special_tokens=True)
-
-
-def test_batches_of_chats_with_different_numbers_of_images(pipe):
-    images = [IMAGE, recorded_image(60, 90, 1), recorded_image(64, 64, 2)]
-    questions = [("One?", images[0]), ("Three, in a longer question?", *images), ("Two?", *images[1:])]
-    chats = [conversation(*question) for question in questions]
-    together = [record["generated_text"] for [record] in pipe(text=chats, batch_size=3, **SHORT)]
-    assert together == [pipe(text=chat, **SHORT)[0]["generated_text"] for chat in chats]
 
 
 def test_full_text_is_the_conversation_and_goes_on(pipe):
@@ -66,22 +59,18 @@ def test_full_text_is_the_conversation_and_goes_on(pipe):
     assert [message["role"] for message in record["generated_text"]] == ["user", "assistant"] * 2
 
 
-def test_a_started_answer_is_continued(recording, pipe):
+def test_a_started_answer_is_continued_and_prompts_outside_of_a_chat(recording, pipe):
     started = {"role": "assistant", "content": [{"type": "text", "text": "It is"}]}
     messages = [*conversation("What is it?", IMAGE), started]
     [record] = pipe(text=messages, **SHORT)
     prompt = recording.processor.apply_chat_template(messages, continue_final_message=True)
     assert prompt.endswith("It is")
-    inputs = recording.processor(images=IMAGE, text=prompt, return_tensors="pt")
-    assert record["generated_text"] == answer_of(recording, inputs)
-
-
-def test_prompts_outside_of_a_chat(recording, pipe):
     prompts = {"<image> A picture of": [IMAGE], "Once upon a time": []}
-    records = pipe(images=list(prompts.values()), text=list(prompts), **SHORT)
-    for record, (text, images) in zip(records, prompts.items(), strict=True):
-        inputs = recording.processor(images=images or None, text=text, return_tensors="pt")
-        assert record["generated_text"] == answer_of(recording, inputs)
+    records = [record, *pipe(images=list(prompts.values()), text=list(prompts), **SHORT)]
+    for record, text, images in zip(records, [prompt, *prompts], [[IMAGE], [IMAGE], None], strict=True):
+        inputs = recording.processor(images=images, text=text, return_tensors="pt")
+        new_ids = recording.generate(inputs, max_new_tokens=6)
+        assert record["generated_text"] == recording.processor.post_process_image_text_to_text(new_ids)[0]
 
 
 def test_settings_of_generate_reach_it(recording, pipe):

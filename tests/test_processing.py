@@ -4,14 +4,13 @@ That it gives the recorded ids is tested in test_reference_parity.py, batches in
 test_finetuning.py, and hostile prompts in test_hostile_prompts.py.
 """
 
-import base64
 import copy
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import recorded_image
+from conftest import recorded_image, refused
 from transformers import AutoProcessor
 
 HELLO = [{"role": "user", "content": "Hello?"}]
@@ -35,82 +34,44 @@ def inputs_of(processor, *parts, **options):
 
 
 # -- images and prompts ------------------------------------------------------------------------------------------------
-
-
 def test_images_and_text(recording):
     processor, images = recording.processor, [IMAGE, recorded_image(60, 90, 1), recorded_image(64, 64, 2)]
-    prompts = ["<image> a", "b <image><image>"]
-    inputs = processor(images=[images[:1], images[1:]], text=prompts, return_tensors="pt", padding=True)
-    assert type(processor).__name__ == "NaViLProcessor"
+    prompts = ["<image> a", "b", "b <image><image>"]
+    inputs = processor(images=[images[:1], None, images[1:]], text=prompts, return_tensors="pt", padding=True)
+    flat = processor(images=iter(images), text=prompts, return_tensors="pt", padding=True)
     assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "image_grid_thw", "num_scales"}
+    assert all(torch.equal(inputs[name], flat[name]) for name in inputs)
     cells = inputs["image_grid_thw"].prod(-1).sum() // 4
     assert (inputs["input_ids"] == recording.model.config.image_token_id).sum() == cells
-    assert inputs["attention_mask"][0, 0] == 0 and inputs["attention_mask"][:, -1].tolist() == [1, 1]  # left padding
+    assert (
+        inputs["attention_mask"][:, 0].tolist() == [0, 0, 1] and inputs["attention_mask"][:, -1].all()
+    )  # left padding
     expected = processor.image_processor(images, multi_scale=True)
     assert all(np.array_equal(inputs[name], expected[name]) for name in expected)
-
-
-def test_images_may_be_a_generator_or_rows_with_none_for_a_prompt_without_any(processor):
-    prompts = ["<image>a", "b", "<image><image>c"]
-    flat = processor(images=[IMAGE] * 3, text=prompts)
-    for images in ([[IMAGE], None, [IMAGE, IMAGE]], (IMAGE for _ in range(3))):
-        inputs = processor(images=images, text=prompts)
-        assert inputs["input_ids"] == flat["input_ids"]
-        assert np.array_equal(inputs["pixel_values"], flat["pixel_values"])
 
 
 def test_settings_reach_the_image_processor(processor):
     assert processor(images=IMAGE, text="<image>", multi_scale=False)["num_scales"].tolist() == [1]
     small = processor(images=IMAGE, text="<image>", min_pixels=256, max_pixels=1024)
     assert small["image_grid_thw"].tolist() == [[1, 2, 4]]
+    image = {"type": "image", "image": recorded_image(300, 200, 0)}
+    limited, inputs = (inputs_of(processor, *one) for one in ([image | {"max_pixels": 20_000}], [image]))
+    assert len(limited["pixel_values"]) < len(inputs["pixel_values"])
+    assert torch.equal(inputs_of(processor, image, max_pixels=20_000)["pixel_values"], limited["pixel_values"])
+    one = {"messages": [{"role": "user", "content": [image]}, EXAMPLE["messages"][-1]]}
+    assert len(processor.training_batch([one], multi_scale=False)["image_grid_thw"]) == 1
+    assert len(processor.training_batch([one])["image_grid_thw"]) > 1
 
 
 def test_one_scale_may_be_the_processors_default(recordings, tmp_path):
-    processor = load(recordings["qwen3"].folder, multi_scale=False)
-    processor.save_pretrained(tmp_path)
-    again, inputs = load(tmp_path), {"images": recorded_image(300, 200, 0), "text": "<image>"}
-    assert len(processor(**inputs)["image_grid_thw"]) == len(again(**inputs)["image_grid_thw"]) == 1
+    load(recordings["qwen3"].folder, multi_scale=False).save_pretrained(tmp_path)
+    processor, inputs = load(tmp_path), {"images": recorded_image(300, 200, 0), "text": "<image>"}
+    assert len(processor(**inputs)["image_grid_thw"]) == 1
     several = recordings["qwen3"].processor(**inputs)["image_grid_thw"].tolist()
-    assert again(**inputs, multi_scale=True)["image_grid_thw"].tolist() == several and len(several) > 1
-
-
-def test_the_start_token_is_there_once(recording):
-    start = recording.tokenizer.bos_token_id
-    prompt = recording.processor.apply_chat_template(HELLO, tokenize=False)
-    for ids in (recording.processor(text=prompt)["input_ids"][0], recording.processor(text="a")["input_ids"][0]):
-        assert ids.count(start) == (start is not None)
+    assert processor(**inputs, multi_scale=True)["image_grid_thw"].tolist() == several and len(several) > 1
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
-
-
-def test_every_form_of_an_image_part_is_the_same_image(processor, tmp_path):
-    path = tmp_path / "image.png"
-    IMAGE.save(path)
-    url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-    expected = inputs_of(processor, {"type": "image", "image": IMAGE})
-    for part in (
-        {"type": "image", "image": None, "url": None, "path": str(path), "text": None},  # as Arrow gives it
-        {"type": "image", "image": {"bytes": path.read_bytes(), "path": None}},
-        {"type": "image", "url": url},
-        {"type": "image_url", "image_url": {"url": url, "detail": None}, "image": None},
-        {"type": "image_url", "image_url": url},
-    ):
-        before = copy.deepcopy(part)
-        inputs = inputs_of(processor, part)
-        assert part == before
-        assert all(torch.equal(inputs[name], expected[name]) for name in ("input_ids", "pixel_values"))
-
-
-def test_a_budget_in_a_part_is_that_images(processor):
-    whole = {"type": "image", "image": recorded_image(300, 200, 0)}
-    limited = whole | {"max_pixels": 20_000}
-    one, two, both = (inputs_of(processor, *parts) for parts in ([whole], [limited], [whole, limited]))
-    assert two["image_grid_thw"][-1].prod() < one["image_grid_thw"][-1].prod()
-    assert torch.equal(both["pixel_values"], torch.cat([one["pixel_values"], two["pixel_values"]]))
-    assert torch.equal(inputs_of(processor, whole, max_pixels=20_000)["pixel_values"], two["pixel_values"])
-
-
 def test_a_typed_placeholder_is_text(recording):
     processor, decode = recording.processor, recording.tokenizer.decode
     slot, text = recording.model.config.image_token_id, "Make it an <image> tag."
@@ -165,8 +126,6 @@ def test_training_takes_added_tokens_and_whole_numbers_of_any_type(recordings):
 
 
 # -- saved folders -----------------------------------------------------------------------------------------------------
-
-
 def test_the_chat_template_is_the_tokenizers(recordings, tmp_path):
     processor = load(recordings["qwen3"].folder)
     assert processor.chat_template == processor.tokenizer.chat_template is not None
@@ -201,8 +160,6 @@ def test_folders_of_transformers_4_and_5_load_in_both(recording, tmp_path):
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("value", [False, 0, True, "x"])
 @pytest.mark.parametrize("keyword", ["multi_scal", "add_generation_promt", "paddin", "row_lenght"])
 def test_a_misspelt_keyword_is_an_error_whatever_its_value(processor, keyword, value):
@@ -232,12 +189,8 @@ def test_a_misspelt_keyword_is_an_error_whatever_its_value(processor, keyword, v
     ],
 )
 def test_bad_content_of_a_message(processor, content, message):
-    with pytest.raises(ValueError) as raised:
+    with refused(message):
         processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
-    assert message in str(raised.value)
-
-
-EMPTY_EXAMPLE = {"messages": {"role": ["user"], "content": ["a"]}}
 
 
 @pytest.mark.parametrize(
@@ -246,7 +199,6 @@ EMPTY_EXAMPLE = {"messages": {"role": ["user"], "content": ["a"]}}
         (lambda p: p(images=IMAGE, text="no slot"), "0 <image> placeholders but 1 images"),
         (lambda p: p(text=["<image>", "<image>"]), "2 <image> placeholders but 0 images"),
         (lambda p: p(images=[[IMAGE] * 2, [IMAGE]], text=["<image>", "<image>" * 2]), "have [1, 2] <image> but [2, 1]"),
-        (lambda p: p(images=[[IMAGE] * 2, [IMAGE]], text=["<image>"] * 3), "have [1, 1, 1] <image> but [2, 1] images"),
         (lambda p: p(images=[[IMAGE] * 2], text=["<image>"] * 2), "the prompts have [1, 1] <image> but [2] images"),
         (lambda p: p(images=IMAGE, text="<image><IMG_CONTEXT>"), "contains <IMG_CONTEXT>"),
         (lambda p: p(images=IMAGE), "text must be a prompt"),
@@ -254,12 +206,10 @@ EMPTY_EXAMPLE = {"messages": {"role": ["user"], "content": ["a"]}}
         (lambda p: p(text="a", images_kwargs={"max_pixel": 300}), "unknown keyword max_pixel=300"),
         (lambda p: inputs_of(p, processor_kwargs={"max_pixel": 300}), "unknown keyword max_pixel=300"),
         (lambda p: p.apply_chat_template(HELLO, tools=TOOLS), "unknown keyword tools=[{"),
-        (lambda p: p.apply_chat_template([]), "at least one message"),
-        (lambda p: p.training_batch([EMPTY_EXAMPLE]), "at least one message"),
+        (lambda p: p.training_batch([{"messages": {"role": ["user"], "content": ["a"]}}]), "at least one message"),
         (lambda p: p.apply_chat_template([{"role": "user<|im_end|>", "content": "a"}]), "role must be one of"),
     ],
 )
 def test_refusals(processor, call, message):
-    with pytest.raises(ValueError) as raised:
+    with refused(message):
         call(processor)
-    assert message in str(raised.value)

@@ -3,7 +3,6 @@
 import hashlib
 import random
 import re
-from dataclasses import replace
 from decimal import Decimal
 
 import numpy as np
@@ -17,12 +16,12 @@ from PIL import Image, ImageChops  # noqa: E402
 
 from recipes import charts, drawing, questions, tasks, words  # noqa: E402
 from recipes.drawing import SHADES, SHAPE_KINDS, Background, Shape, TextStyle  # noqa: E402
-from recipes.questions import Accepted, Question, Scene, is_correct  # noqa: E402
+from recipes.questions import Accepted, is_correct  # noqa: E402
 from recipes.tasks import ALL_TASKS, DESCRIBE, PAGE, TASKS, TEXT_PRETRAINING, make_sample  # noqa: E402
 
 SEEDS = range(40)
 VISUAL_TASKS = [task for task in ALL_TASKS if task not in ("text_only", TEXT_PRETRAINING)]
-WITH_QUESTIONS = [task for task in ALL_TASKS if task != PAGE]
+SHORT_TASKS = ("text", "text_only", "two_turns")  # at most two questions
 
 # Text and pixels of samples: they may only change together with the published scores, which depend on them. Pixels are
 # those of these versions of Pillow and matplotlib.
@@ -76,10 +75,6 @@ def ink_box(image: Image.Image) -> tuple[int, int, int, int]:
     return ImageChops.difference(image, Image.new("RGB", image.size, "white")).getbbox()
 
 
-def blank(size: tuple[int, int], color: str = "white", **options) -> Background:
-    return Background(Image.new("RGB", size, color), ((255, 255, 255),), **options)
-
-
 def pixels(image: Image.Image, mode: str = "RGB") -> np.ndarray:
     return np.asarray(image.convert(mode)).astype(int)
 
@@ -107,7 +102,7 @@ def test_samples_are_those_recorded(task):
     assert digest(task) == RECORDED.split()[ALL_TASKS.index(task)]
 
 
-@pytest.mark.parametrize("task", WITH_QUESTIONS)
+@pytest.mark.parametrize("task", [task for task in ALL_TASKS if task != PAGE])
 def test_train_and_heldout_differ(task):
     pairs = [(make_sample(task, seed), make_sample(task, seed, split="heldout")) for seed in range(8)]
     assert sum(train.turns != heldout.turns for train, heldout in pairs) >= 6
@@ -128,29 +123,17 @@ def test_pictures_are_within_the_limits_grow_with_difficulty_and_are_annotated(t
     assert task == PAGE or mean_areas[0] <= 160 * 160 and mean_areas[0] < mean_areas[1] < mean_areas[2]
 
 
-def test_sizes_cover_the_whole_range():
-    rng = random.Random(0)
-    sizes = [drawing.canvas_size(rng, 1.0, 96) for _ in range(3000)]
-    assert min(min(size) for size in sizes) < 70 and max(max(size) for size in sizes) > 1000
-    assert max(width / height for width, height in sizes) > 3.7
-    assert max(height / width for width, height in sizes) > 3.7
-    assert np.median([width * height for width, height in sizes]) < 300 * 300
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_each_task_has_its_images_and_asks_all_its_questions(task):
-    num_images = {"two_images": 2, "text_only": 0}.get(task, 1)
-    for seed in range(10):
-        sample = make_sample(task, seed, split="heldout")
-        assert sample.task == task and len(sample.images) == num_images
-        assert len(sample.turns) == len(sample.accepted) == (2 if task == "two_turns" else 1)
+    held_out = [make_sample(task, seed, split="heldout") for seed in range(10)]
+    assert all(len(sample.turns) == (2 if task == "two_turns" else 1) for sample in held_out)
     samples = [make_sample(task, seed, 0.9) for seed in SEEDS]
-    for sample in samples:
-        assert len(sample.images) == num_images and len(sample.turns) == len(sample.accepted)
+    for sample in (*held_out, *samples):
+        assert sample.task == task and len(sample.images) == {"two_images": 2, "text_only": 0}.get(task, 1)
+        assert len(sample.turns) == len(sample.accepted) <= tasks.MAX_QUESTIONS
         assert len({frozenset(re.findall(r"\w+", q)) for q, _ in sample.turns}) == len(sample.turns)  # all different
     most = max(len(sample.turns) for sample in samples)
-    exactly = {"text": 1, "text_only": 1, "two_turns": 2}.get(task)
-    assert most == exactly if exactly else 2 < most <= tasks.MAX_QUESTIONS
+    assert most == {"text": 1, "text_only": 1, "two_turns": 2}.get(task, most) and (most > 2 or task in SHORT_TASKS)
     prefixes = ("scene.", "receipt.") if task == "two_turns" else (f"{task}.",)
     asked = {question_kind(question) for sample in samples for question, _ in sample.turns}
     assert asked == {kind for kind in words.WORDINGS if kind.startswith(prefixes)}
@@ -161,7 +144,7 @@ def test_descriptions_tell_what_was_drawn():
     for seed in range(60):
         sample = make_sample(DESCRIBE, seed, 0.3)
         [(question, answer)], [picture] = sample.turns, sample.pictures
-        kind, characters = question_kind(question), [one.text for one in picture.annotations]
+        kind = question_kind(question)
         kinds.add(kind)
         if kind == "describe.chart":
             drawn = [f"{region.text}={region.value}" for region in picture.regions if region.value is not None]
@@ -170,19 +153,10 @@ def test_descriptions_tell_what_was_drawn():
             from_left = sorted(shapes, key=lambda shape: shape[0].box[0] + shape[0].box[2])
             drawn = [f"{color.text} {kind.text}" for color, kind in from_left]
         else:
-            assert sorted("".join(characters).lower()) == sorted("".join(answer.lower().split()))
-            continue
+            drawn = sorted("".join(one.text for one in picture.annotations).lower())
+            answer = "\n".join(sorted("".join(answer.lower().split())))
         assert answer == "\n".join(drawn)
     assert kinds == {kind for kind in words.WORDINGS if kind.startswith("describe.")}
-
-
-def test_every_wording_and_every_kind_of_pretraining_text_occurs():
-    openings = {make_sample(TEXT_PRETRAINING, seed).turns[0][0].split()[0] for seed in range(200)}
-    assert {"Text:", "Receipt:", "Chart:", "Shapes:", "First", "Repeat:", "Copy:", "What"} <= openings
-    rng, question = random.Random(0), Question("text.read", "x")
-    wordings = words.WORDINGS["text.read"]
-    assert {questions.phrase(rng, 1.0, question) for _ in range(200)} == set(wordings)
-    assert {questions.phrase(rng, 0.0, question) for _ in range(50)} == {wordings[0]}
 
 
 @pytest.mark.parametrize(
@@ -272,35 +246,6 @@ def test_described_pairs_of_images_are_compared_right():
             assert answer == ("first", "same", "second")[1 - int(np.sign(counts[0] - counts[1]))]
 
 
-@pytest.mark.parametrize(("task", "kind"), [("scene", "scene.exists"), ("two_images", "two_images.both")])
-def test_yes_and_no_are_about_equally_frequent(task, kind):
-    answers = [a for seed in range(300) for q, a in make_sample(task, seed, 0.5).turns if question_kind(q) == kind]
-    assert 0.35 < answers.count("yes") / len(answers) < 0.65 and set(answers) == {"yes", "no"}
-
-
-def scene(*names: str) -> Scene:
-    return Scene((64, 64), tuple(Shape(*name.split(), (0, 0, 9, 9)) for name in names))
-
-
-def test_shapes_of_a_color_are_counted():
-    shapes = scene("red circle", "red star", "blue star")
-    asked = [questions.ask_count(random.Random(seed), 1.0, shapes) for seed in SEEDS]
-    answers = {question.fields["things"]: question.answer for question in asked}
-    assert answers["red shapes"] == "2" and answers["blue shapes"] == "1" and answers["shapes"] == "3"
-
-
-def test_half_of_the_comparisons_ask_for_what_both_images_have():
-    scenes = [scene("red circle", "blue circle", "red star"), scene("red circle", "red square", "blue square")]
-    for seed in range(20):
-        question = questions.compare_scenes(random.Random(seed), scenes, "two_images.more", "first", both_present=True)
-        assert question.fields == {"things": "circles"}
-    assert questions.compare_scenes(random.Random(0), scenes, "two_images.more", "second", both_present=True) is None
-    rng = random.Random(0)
-    chosen = [questions.choose_comparison(rng, 1.0) for _ in range(400)]
-    assert 50 < sum(both_present for *_, both_present in chosen) < 150
-    assert {kind for kind, _, both_present in chosen if both_present} == {"two_images.more"}
-
-
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
@@ -311,23 +256,8 @@ def test_texts_are_short_and_their_alphabet_grows():
         texts = [questions.make_text(rng, level) for _ in range(3000)]
         assert all(re.fullmatch(r"[A-Za-z0-9.,:/$%-]{1,10}", text) for text in texts)
         alphabets.append(set("".join(texts)))
-    sizes = [len(alphabet) for alphabet in alphabets]
-    assert sizes[0] == 4 and sizes[:5] == sorted(set(sizes[:5]))
-    assert alphabets[-1] == set(words.ALPHABET)
-    assert {len(text) for text in texts} == set(range(1, 11)) and any(text.lower() in words.WORDS for text in texts)
-
-
-@pytest.mark.parametrize("font", drawing.FONT_FILES)
-def test_lines_stay_inside_the_canvas_at_the_largest_font_size(font):
-    for text in ("j", "WWWWW", "Wg,$%jy"):
-        for angle in (-5.0, 0.0, 5.0):
-            size = drawing.largest_font_size([text], font, angle, (200, 120))
-            mask = drawing.text_mask([text], TextStyle(font, size, angle)).image
-            assert mask.width <= 196 and mask.height <= 116
-            assert mask.width > 150 or mask.height > 60
-        size = drawing.largest_font_size([text] * 3, font, 0.0, (400, 120), line_spacing=2.0)
-        mask = drawing.text_mask([text] * 3, TextStyle(font, size, line_spacing=2.0)).image
-        assert mask.width <= 396 and 90 < mask.height <= 116
+    assert len(alphabets[0]) == 4 and all(map(set.__le__, alphabets, alphabets[1:]))
+    assert alphabets[-1] == set(words.ALPHABET) and {len(text) for text in texts} == set(range(1, 11))
 
 
 def test_easy_text_is_black_on_white_and_not_cut_off():
@@ -336,28 +266,6 @@ def test_easy_text_is_black_on_white_and_not_cut_off():
         left, top, right, bottom = ink_box(sample.images[0])
         assert sample.images[0].size == (64, 64) and len(sample.turns[0][1]) == 1
         assert min(left, top, 64 - right, 64 - bottom) >= 2
-
-
-def test_training_texts_are_mostly_small_and_heldout_ones_are_not():
-    def small_share(split: str) -> float:
-        heights = []
-        for seed in range(100):
-            [picture] = make_sample("text", seed, 1.0, split).pictures
-            heights.append(min(character.box[3] - character.box[1] for character in picture.annotations))
-        assert min(heights) < 16 and max(heights) > 64  # all sizes occur in both
-        return sum(height < 24 for height in heights) / len(heights)
-
-    assert small_share("train") > 0.62 > small_share("heldout") > 0.4
-
-
-def test_text_and_shapes_contrast_with_their_background():
-    rng = random.Random(0)
-    for _ in range(300):
-        tones = drawing.make_background(rng, 1.0, (64, 64)).tones
-        color = drawing.text_color(rng, 1.0, tones)
-        assert min(abs(drawing.luma(color) - drawing.luma(tone)) for tone in tones) >= 50
-        for name in drawing.fill_colors(tuple(SHADES), tones):
-            assert drawing.contrast(drawing.fill_color(rng, name, 1.0, tones), tones) >= drawing.MIN_COLOR_DISTANCE
 
 
 @pytest.mark.parametrize("angle", [-5.0, 0.0, 5.0])
@@ -395,39 +303,17 @@ def test_each_line_with_a_name_is_the_region_of_its_characters(in_columns):
         assert len(around) == 1 and one.text in lines[around[0]]
 
 
-def test_receipts_name_their_lines_as_questions_do_and_some_items_are_unusual():
-    names = []
+def test_receipts_name_their_lines_as_questions_do():
     for seed in SEEDS:
         sample = make_sample("receipt", seed, 1.0)
         *items, total = [region.text for region in sample.pictures[0].regions]
         asked = [q.rstrip("?").split() for q, _ in sample.turns if question_kind(q) == "receipt.price"]
         assert total == "total" and all(sum(item in question for item in items) == 1 for question in asked)
-        names += items
-    others = {name for name in names if name not in words.GOODS}
-    assert 0.2 * len(names) < sum(name in others for name in names) < 0.6 * len(names)
-    assert others & set(words.OTHER_GOODS) and others - set(words.OTHER_GOODS) <= set(words.OTHER_NAMES)
-    assert not set(words.OTHER_GOODS) & set(words.GOODS)
-    easier = [make_sample("receipt", seed, 0.5).pictures[0].regions for seed in SEEDS]
-    assert {region.text for regions in easier for region in regions} <= {*words.GOODS, "total"}
-
-
-def test_dots_lead_to_the_prices_of_some_training_receipts():
-    receipt = questions.Receipt({"tea": 250, "sandwich": 1199})
-    for share, counts in ((0.0, {3}), (1.0, {3, *range(10, 99)})):
-        pictures = [tasks.draw_receipt(random.Random(seed), 1.0, receipt, share) for seed in SEEDS]
-        dots = [sum(one.text == "." for one in picture.annotations) for picture in pictures if picture]
-        assert set(dots) <= counts and len(dots) > len(SEEDS) / 2
-    assert max(dots) > 9
-    for seed in range(8):
-        [picture] = make_sample("receipt", seed, split="heldout").pictures
-        assert sum(one.text == "." for one in picture.annotations) == len(picture.regions)
 
 
 def test_a_page_asks_nothing_and_is_full_of_characters():
-    samples = [make_sample(PAGE, seed) for seed in range(200)]
+    samples = [make_sample(PAGE, seed) for seed in range(50)]
     assert all(sample.turns == [] and len(sample.pictures[0].annotations) >= 1 for sample in samples)
-    heights = [one.box[3] - one.box[1] for sample in samples for one in sample.pictures[0].annotations]
-    assert min(heights) < 16 and max(heights) > 48
     assert np.mean([len(sample.pictures[0].annotations) for sample in samples]) > 10
 
 
@@ -452,9 +338,9 @@ def test_shapes_are_inside_their_area_and_apart():
 @pytest.mark.parametrize("kind", SHAPE_KINDS)
 def test_a_shape_touches_all_sides_of_its_box(kind):
     for level, seed in [(0.0, 0), *((1.0, seed) for seed in range(8))]:
-        background, shape = blank((100, 80)), Shape("red", kind, (11, 7, 73, 61))
-        drawing.draw_shapes(random.Random(seed), level, background, (shape,))
-        assert np.abs(np.subtract(ink_box(background.image), shape.box)).max() <= 1
+        background = Background(Image.new("RGB", (100, 80), "white"), ((255, 255, 255),))
+        drawing.draw_shapes(random.Random(seed), level, background, (Shape("red", kind, (11, 7, 73, 61)),))
+        assert np.abs(np.subtract(ink_box(background.image), (11, 7, 73, 61))).max() <= 1
 
 
 def test_grounding_answers_are_the_boxes_of_the_shapes():
@@ -466,18 +352,6 @@ def test_grounding_answers_are_the_boxes_of_the_shapes():
             assert answer == f"<ref>{name}</ref><box>[{list(accepted.box)}]</box>"
             box = accepted.box * np.tile(picture.image.size, 2) / 1000
             assert {one.text for one in picture.annotations if np.abs(one.box - box).max() <= 1} == set(name.split())
-
-
-@pytest.mark.parametrize("inset", [-9, 0, 1, 2, 5, 12])
-def test_content_of_a_panel_lies_on_the_panel(inset):
-    """A negative inset: content larger than the panel, which has sharp corners."""
-    panel, kept, tone = (7, 5, 93, 74), max(0, inset), (250, 240, 10)
-    for seed in range(12):
-        background = replace(blank((100, 80), "navy", needs_panel=True), tones=(tone,))
-        drawing.paint_panel(random.Random(seed), background, panel, inset)
-        inside = background.image.crop((panel[0] + kept, panel[1] + kept, panel[2] - kept, panel[3] - kept))
-        assert inside.getcolors() == [(inside.width * inside.height, tone)]
-        assert background.image.getpixel((3, 40)) != tone
 
 
 # -------------------------------------------------------------------------------------------------------------- charts

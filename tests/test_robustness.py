@@ -7,17 +7,15 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BACKBONES, conversation, recorded_image, relative_error
-from transformers import StoppingCriteria, TextStreamer
-
-SHORT = {"max_new_tokens": 4}
+from transformers import TextStreamer
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
-
 HALF_PRECISION_ERROR = {torch.bfloat16: 0.04, torch.float16: 0.004}
 """Of the largest recorded float32 logit. Largest seen: 0.026 and 0.0025."""
 
@@ -61,18 +59,15 @@ def test_padding_stays_finite_in_half_precision(in_half_precision, dtype, attent
 
 
 # -- load --------------------------------------------------------------------------------------------------------------
-
-
 def questions(recording, max_new_tokens=4):
     """Chats of every kind, each as a call without arguments."""
-    images = [recorded_image(90, 60, 0), recorded_image(60, 90, 1)]
-    chat, tokenizer, short = recording.model.chat, recording.tokenizer, {"max_new_tokens": max_new_tokens}
+    images, short = [recorded_image(90, 60, 0), recorded_image(60, 90, 1)], {"max_new_tokens": max_new_tokens}
     return [
-        lambda: chat(tokenizer, None, "Hello?", short),
-        lambda: chat(tokenizer, images[0], "What is it?", short),
-        lambda: chat(tokenizer, images, "What differs?", short),
-        lambda: chat(tokenizer, images[1], "And now?", short, history=[("<image>\nWhat?", "That.")]),
-        lambda: chat(tokenizer, images[1], "Beams?", {**short, "num_beams": 2}),
+        partial(recording.chat, None, "Hello?", short),
+        partial(recording.chat, images[0], "What is it?", short),
+        partial(recording.chat, images, "What differs?", short),
+        partial(recording.chat, images[1], "And now?", short, history=[("<image>\nWhat?", "That.")]),
+        partial(recording.chat, images[1], "Beams?", {**short, "num_beams": 2}),
     ]
 
 
@@ -108,34 +103,28 @@ def in_threads(count: int, work) -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_8_threads_share_one_model(recordings, name, monkeypatch):
+    asked = questions(recordings[name])
+    expected = [ask() for ask in asked]
     for token in ("image_token_id", "image_start_token_id"):  # the first chat sets them, in whichever thread
         monkeypatch.setattr(recordings[name].model.config, token, None)
-    asked = questions(recordings[name])
-    answers = [[] for _ in range(8)]
 
     def work(index: int) -> None:
         for turn in range(index, index + 5):
-            answers[index].append(asked[turn % len(asked)]())
+            assert asked[turn % len(asked)]() == expected[turn % len(asked)]
 
     in_threads(8, work)
-    expected = [ask() for ask in asked]
-    for index, heard in enumerate(answers):
-        assert heard == [expected[turn % len(asked)] for turn in range(index, index + 5)]
 
 
 def test_threads_have_their_own_static_caches(recordings):
-    model, tokenizer = recordings["qwen3"].model, recordings["qwen3"].tokenizer
-    settings = {"max_new_tokens": 8, "cache_implementation": "static"}
-    asked = ["Hello?", "What is the time?", "Where?", "How many are there?"]
-    expected = [model.chat(tokenizer, None, question, {"max_new_tokens": 8}) for question in asked]
-    answers = {}
+    chat, asked = recordings["qwen3"].chat, ["Hello?", "What is the time?", "Where?", "How many are there?"]
+    expected = [chat(None, question) for question in asked]
 
     def work(index: int) -> None:
         for _ in range(3):
-            answers[index] = model.chat(tokenizer, None, asked[index], settings)
+            settings = {"max_new_tokens": 6, "cache_implementation": "static"}
+            assert chat(None, asked[index], settings) == expected[index]
 
     in_threads(4, work)
-    assert [answers[index] for index in range(4)] == expected
 
 
 def test_8_threads_share_one_processor(recordings):
@@ -202,8 +191,6 @@ def test_a_process_forks_while_a_thread_prepares_prompts(recordings, monkeypatch
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
-
-
 class Interrupted(BaseException):
     """As a KeyboardInterrupt, which pytest would take for its own."""
 
@@ -219,33 +206,22 @@ class BreaksAfter(TextStreamer):
         self.left -= 1
 
 
-class BreaksWhileStopping(StoppingCriteria):
-    def __call__(self, input_ids, scores, **kwargs):
-        raise RuntimeError("interrupted")
+@pytest.mark.parametrize("place", ["prompt", "token", "layer"])
+def test_an_exception_in_the_middle_leaves_the_model_usable(recording, place):
+    image, attributes = recorded_image(90, 60, 0), set(vars(recording.model))
+    expected = recording.chat(image)
 
+    def interrupt(*args):
+        raise Interrupted
 
-@pytest.mark.parametrize("tokens", [0, 1, 3])
-def test_an_exception_in_the_middle_of_a_stream_leaves_the_model_usable(recording, tokens):
-    image, chat = recorded_image(90, 60, 0), recording.model.chat
-    expected = chat(recording.tokenizer, image, "What is it?", SHORT)
-    attributes = set(vars(recording.model))
+    hook, options = None, {}
+    if place == "layer":
+        hook = recording.model.get_decoder().layers[-1].register_forward_pre_hook(interrupt)
+    else:
+        options["streamer"] = BreaksAfter(recording.tokenizer, tokens=0 if place == "prompt" else 3)
     with pytest.raises(Interrupted):
-        chat(recording.tokenizer, image, "What is it?", SHORT, streamer=BreaksAfter(recording.tokenizer, tokens))
-    with pytest.raises(RuntimeError, match="interrupted"):
-        chat(recording.tokenizer, image, "And?", {**SHORT, "stopping_criteria": [BreaksWhileStopping()]})
+        recording.chat(image, **options)
+    if hook:
+        hook.remove()
     assert torch.is_grad_enabled() and set(vars(recording.model)) == attributes
-    assert chat(recording.tokenizer, image, "What is it?", SHORT) == expected
-
-
-def test_an_exception_in_the_middle_of_a_layer_leaves_the_model_usable(recording):
-    image, model = recorded_image(90, 60, 0), recording.model
-    expected = model.chat(recording.tokenizer, image, "What is it?", SHORT)
-
-    def fail(*args):
-        raise MemoryError
-
-    hook = model.get_decoder().layers[-1].register_forward_pre_hook(fail)
-    with pytest.raises(MemoryError):
-        model.chat(recording.tokenizer, image, "What is it?", SHORT)
-    hook.remove()
-    assert model.chat(recording.tokenizer, image, "What is it?", SHORT) == expected
+    assert recording.chat(image) == expected

