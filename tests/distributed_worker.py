@@ -52,7 +52,8 @@ STRATEGIES = {"ddp": DistributedDataParallel, "fsdp1": fsdp1, "fsdp2": fsdp2}
 
 def losses(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> list[float]:
     """Losses of training steps, each over one batch per process, then of the first step's batches without gradients."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    is_alone = not dist.is_initialized()
+    rank, world_size = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     result = []
     steps = [batches[start : start + world_size] for start in range(0, len(batches), world_size)]
@@ -68,7 +69,8 @@ def losses(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> list[flo
             optimizer.step()
             optimizer.zero_grad()
         mean = loss.detach().clone()
-        dist.all_reduce(mean)
+        if not is_alone:
+            dist.all_reduce(mean)
         result.append(mean.item() / world_size)
     return result
 

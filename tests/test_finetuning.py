@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, conversation, load_model, recorded_image, relative_error
-from distributed_worker import STRATEGIES, fit, torchrun, train_on_stream
+from distributed_worker import STRATEGIES, fit, losses, torchrun, train_on_stream
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
@@ -279,38 +279,24 @@ def test_lora_trains_its_experts_alone_merges_and_reloads(recordings, conversati
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
-def losses_of_pairs(recording) -> list[float]:
-    """Losses of steps over two of the mixed examples at a time, then of the first two without a step."""
-    model = load_model(recording.folder).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    collate = recording.processor.training_batch
-    losses = []
-    for start in range(0, 8, 2):
-        loss = model(**collate(mixed_examples()[start : start + 2])).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    with torch.no_grad():
-        return [*losses, model.eval()(**collate(mixed_examples()[:2])).loss.item()]
 
 
 def test_ddp_fsdp_and_streaming_give_the_losses_of_one_process(recordings, conversations, tmp_path):
-    recording = recordings["qwen3"]
-    batches = [dict(recording.processor.training_batch([one])) for one in mixed_examples()]
+    folder, collate, mixed = recordings["qwen3"].folder, recordings["qwen3"].processor.training_batch, mixed_examples()
+    batches = [dict(collate([one])) for one in mixed]
     examples = finetune.load_conversations(conversations)
     torch.save({"batches": batches, "examples": examples}, tmp_path / "data.pt")
-    torchrun("tests/distributed_worker.py", "train", recording.folder, tmp_path / "data.pt", tmp_path / "losses.pt")
-    losses = torch.load(tmp_path / "losses.pt")
+    torchrun("tests/distributed_worker.py", "train", folder, tmp_path / "data.pt", tmp_path / "losses.pt")
+    together = torch.load(tmp_path / "losses.pt")
 
-    expected = losses_of_pairs(recording)
+    expected = losses(load_model(folder), [collate(mixed[start : start + 2]) for start in range(0, 8, 2)])
     assert expected[-1] < expected[0]
     for strategy in STRATEGIES:
-        assert losses[strategy] == pytest.approx(expected, rel=1e-4), strategy
+        assert together[strategy] == pytest.approx(expected, rel=1e-4), strategy
     streamed = pytest.approx(expected[:-1], rel=1e-3)
-    assert losses["stream"] == streamed and train_on_stream(recording.folder, examples) == streamed
+    assert together["stream"] == streamed and train_on_stream(folder, examples) == streamed
     with pytest.raises(ValueError, match="dispatch_batches"):  # Trainer's default, which slices each tensor by rows
-        train_on_stream(recording.folder, examples, accelerator_config=None)
+        train_on_stream(folder, examples, accelerator_config=None)
 
 
 def test_example_on_two_processes_logs_the_losses_of_one(recordings, conversations, tmp_path):
