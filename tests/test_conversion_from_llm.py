@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert_checkpoint
 from conversion.configs import auto_vision_size, parse_vision_size, vision_shape
+from conversion.plan import find_gguf
 
 LINEAR, DYNAMIC = ({"rope_type": kind, "factor": factor} for kind, factor in (("linear", 4.0), ("dynamic", 2.0)))
 LLMS = {
@@ -218,3 +219,5 @@ def test_gguf_folder_must_hold_one_file(tmp_path, capsys):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "llm" / name).write_bytes(b"GGUF")
     assert "2 GGUF files" in refusal(capsys, "from-llm", tmp_path / "llm", tmp_path / "out")
+    (tmp_path / "llm" / "b.gguf").unlink()
+    assert find_gguf(tmp_path / "llm") == tmp_path / "llm" / "a.gguf"

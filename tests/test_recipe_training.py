@@ -160,6 +160,17 @@ def test_stream_fills_batches_within_their_limits(processor):
     assert longer["input_ids"].shape[1] % packing.ROW_STEP == 0
 
 
+def test_each_task_has_its_share_of_crops(processor):
+    def patches_per_answer(crop_share: dict[str, float]) -> float:
+        settings = {"crop_share": crop_share, "dtype": torch.bfloat16}
+        batch = next(iter(PackedSamples(processor, only("text", "scene"), torch.ones(len(ALL_TASKS)), **settings)))
+        assert batch["pixel_values"].dtype == torch.bfloat16
+        return len(batch["pixel_values"]) / len(batch["task_index"])
+
+    whole, some, most = map(patches_per_answer, ({}, {"text": 1.0}, {"text": 1.0, "scene": 1.0}))
+    assert whole > 1.2 * some > 1.4 * most
+
+
 # ---------------------------------------------------------------------------------------------------- auxiliary labels
 
 
