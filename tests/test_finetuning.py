@@ -16,6 +16,7 @@ from transformers import AutoModel, Trainer, TrainingArguments
 
 from examples import finetune
 from navil import CODE_FILES
+from training import Source, read_examples
 
 IGNORED = -100
 
@@ -259,15 +260,6 @@ def test_example_teaches_its_answers(recordings, conversations, tmp_path):
     assert finetune.main([*options, "--row-length", "4"]) == 1
 
 
-def test_image_paths_are_relative_to_their_file(tmp_path):
-    parts = [{"type": "image", key: name} for key, name in (("path", "a.png"), ("image", "b.png"), ("image", "data:,"))]
-    given = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Three."}]}
-    (tmp_path / "data.jsonl").write_text(json.dumps(given))
-    [loaded] = finetune.load_conversations(tmp_path / "data.jsonl")
-    names = [part.get("path", part.get("image")) for part in loaded["messages"][0]["content"]]
-    assert names == [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "data:,"]
-
-
 def test_lora_without_peft_says_what_to_install(monkeypatch, recording):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="pip install peft"):
@@ -335,7 +327,7 @@ def losses_of_pairs(recording) -> list[float]:
 def test_ddp_fsdp_and_streaming_give_the_losses_of_one_process(recordings, conversations, tmp_path):
     recording = recordings["qwen3"]
     batches = [dict(recording.processor.training_batch([one])) for one in mixed_examples()]
-    examples = finetune.load_conversations(conversations)
+    examples = read_examples([Source(str(conversations))])
     torch.save({"batches": batches, "examples": examples}, tmp_path / "data.pt")
     torchrun("tests/distributed_worker.py", "train", recording.folder, tmp_path / "data.pt", tmp_path / "losses.pt")
     losses = torch.load(tmp_path / "losses.pt")
