@@ -530,21 +530,32 @@ def test_a_run_resumes_exactly_where_it_stopped(numbered, form, num_workers):
         assert first + rest == whole
 
 
+def pair_of_loaders(sources, options, state=None) -> list[TrainingLoader]:
+    """Of two processes, at a position."""
+    pair = [make_loader(sources, options, on_error="skip", rank=rank, world_size=2) for rank in (0, 1)]
+    for loader in pair if state else ():
+        loader.load_state_dict(state)
+    return pair
+
+
+def take(pair: list[TrainingLoader], steps: int) -> tuple[list[list[str]], dict]:
+    """Batches of so many steps, and the state behind them as two processes gather it."""
+    batches = [questions(next(own)) for both in [[*map(endless, pair)]] for _ in range(steps) for own in both]
+    first, second = (loader.state_dict() for loader in pair)
+    assert not first["positions"].keys() & second["positions"].keys()
+    return batches, {**first, "positions": first["positions"] | second["positions"]}
+
+
 @pytest.mark.parametrize("form", ["lines", "tar", "weighted"])
-def test_one_process_continues_the_batches_of_two(numbered, form):
+def test_two_processes_resume_and_one_continues_their_batches(numbered, form):
     options = StreamOptions(batch_size=2, shuffle_buffer=4)
-    settings = [{"rank": rank, "world_size": 2, "num_workers": 0, "on_error": "skip"} for rank in (0, 1)]
-    pair = [make_loader(numbered[form], options, **own) for own in settings]
-    steps = [[questions(next(batches)) for batches in both] for both in [[*map(endless, pair)]] for _ in range(20)]
-    halves = [make_loader(numbered[form], options, **own) for own in settings]
-    for loader in halves:
-        list(islice(endless(loader), 7))
-    state = halves[0].state_dict()
-    state["positions"] |= halves[1].state_dict()["positions"]  # as gathered
+    expected, _ = take(pair_of_loaders(numbered[form], options), 20)
+    first, state = take(pair_of_loaders(numbered[form], options), 4)
+    second, state = take(pair_of_loaders(numbered[form], options, state), 3)
     alone = make_loader(numbered[form], options, on_error="skip")
-    alone.load_state_dict(state)
+    alone.load_state_dict(json.loads(json.dumps(state)))
     rest = [questions(batch) for batch in islice(endless(alone), 26)]
-    assert rest == [batch for step in steps[7:] for batch in step]
+    assert first + second + rest == expected
 
 
 def test_weights_are_the_shares_of_the_examples(numbered):

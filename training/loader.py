@@ -236,12 +236,15 @@ class TrainingLoader:
         """
         if self._batches is not None:
             raise RuntimeError("a position can only be loaded before the first batch")
-        saved, own = state["data"], self._fingerprint()
-        changed = [f"{name} {saved.get(name)} -> {own[name]}" for name in own if saved.get(name) != own[name]]
+        saved = state["data"]
+        changed = [
+            f"{name} {saved.get(name)} -> {v}" for name, v in self._fingerprint().items() if saved.get(name) != v
+        ]
         if changed:
             raise ValueError(f"the checkpoint's position does not fit the data: {'; '.join(changed)}")
         positions = {int(stream): position for stream, position in state["positions"].items()}
-        self.state = StreamState(state["num_streams"], state["batches"], positions)
+        own = {stream: one for stream, one in positions.items() if stream % self.world_size == self.rank}
+        self.state = StreamState(state["num_streams"], state["batches"], own)
         self._check_streams()
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -267,7 +270,8 @@ class TrainingLoader:
 
     def report(self) -> str:
         """A summary of the bad records of all processes, which must all call it; also written to the folder."""
-        text = summarize(gather_object([*self.bad_records.found.values()]))
+        found = gather_object([*self.bad_records.found.values()])
+        text = summarize([*{bad.name: bad for bad in found}.values()])  # in later epochs another process has a record
         if self.folder is not None and self.rank == 0:
             (self.folder / "bad_records.txt").write_text(text + "\n", encoding="utf-8")
         return text
