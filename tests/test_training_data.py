@@ -18,9 +18,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, recorded_image
-from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+from transformers import AutoModel, AutoProcessor, Trainer, TrainerState, TrainingArguments
 
 from training import DataError, Source, StreamOptions, TrainingLoader, attach_loader, check, read_examples
+from training.loader import DataPosition
 from training.records import Fields, read_conversation
 
 try:
@@ -702,12 +703,6 @@ def test_a_mixture_resumes_from_a_checkpoint(recordings, tmp_path):
     names = (tmp_path / "out" / "names.txt").read_text().splitlines()
     assert names[6:16] == names[16:] and any(".tar" in name for name in names) and any(".jsonl" in n for n in names)
     assert losses(resumed) == losses(expected)
-    state = tmp_path / "out" / "checkpoint-3" / "trainer_state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"stateful_callbacks": {}}))
-    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
-    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
-    with pytest.raises(ValueError, match="step 3 has no position in the training data"):
-        train(model, data, str(tmp_path / "out"), resume=True)
 
 
 def test_tiny_trains_through_broken_records(tiny, tmp_path):
@@ -737,6 +732,13 @@ def test_a_trainer_that_would_skip_or_end_early_is_refused(numbered, tmp_path):
     trainer.args.ignore_data_skip = True
     with pytest.raises(ValueError, match="epochs must be None, got 1"):
         attach_loader(trainer, make_loader(numbered["lines"], StreamOptions(epochs=1)))
+
+
+@pytest.mark.parametrize("saved", [{}, {"training_data": {"step": 2}}])
+def test_a_checkpoint_without_its_position_is_refused(numbered, saved):
+    state = TrainerState(global_step=3, stateful_callbacks=saved)
+    with pytest.raises(ValueError, match="step 3 has no position in the training data"):
+        DataPosition(make_loader(numbered["lines"])).on_train_begin(None, state, None)
 
 
 def test_kinds_of_bad_records_are_documented(tmp_path):
