@@ -193,7 +193,7 @@ class NaViLProcessor(ProcessorMixin):
 
     def training_batch(
         self,
-        examples: Sequence[dict[str, Any]],
+        examples: "Sequence[dict[str, Any] | Conversation]",
         row_length: int | None = None,
         allow_control_tokens: bool = False,
         **image_settings: Any,
@@ -201,7 +201,8 @@ class NaViLProcessor(ProcessorMixin):
         """Conversations to a training batch with their answers as labels: the `data_collator` of a `Trainer`.
 
         Args:
-            examples: `{"messages": ...}` each, a conversation as in `apply_chat_template`.
+            examples: `{"messages": ...}` each, a conversation as in `apply_chat_template`; or those of
+                `encode_conversation`.
             row_length: None gives each conversation its own row. A number (set with `functools.partial`) packs several
                 into a row of at most this many tokens; they do not attend to each other.
             allow_control_tokens: accept special tokens in texts, such as tokens added for training.
@@ -229,9 +230,11 @@ class NaViLProcessor(ProcessorMixin):
         return BatchFeature({**batch, "attention_mask": (sample_index >= 0).long()})
 
     def encode_conversation(
-        self, example: dict[str, Any], allow_control_tokens: bool = False, **image_settings: Any
+        self, example: "dict[str, Any] | Conversation", allow_control_tokens: bool = False, **image_settings: Any
     ) -> "Conversation":
-        """Encodes one example of a `training_batch`, whose arguments and errors it has."""
+        """Encodes one example of a `training_batch`, whose arguments and errors it has. An encoded one is returned."""
+        if isinstance(example, Conversation):
+            return example
         if not isinstance(example, dict) or "messages" not in example:
             raise ValueError(
                 f"an example is a dict with a conversation as its `messages`, got {example!r:.80}; "

@@ -4,13 +4,11 @@
     python examples/finetune.py --model . --subfolder tiny --output runs/lora --lora both
     torchrun --nproc-per-node 2 examples/finetune.py --model . --subfolder tiny --output runs/finetuned
 
-The data is a JSONL file with `{"messages": [...]}` on each line, a conversation for `processor.apply_chat_template`.
-Image paths are relative to the file.
+The data is what docs/data.md lists: JSON files of conversations, Hugging Face data sets, WebDataset shards.
 """
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -21,24 +19,20 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, Trainer, TrainingArguments
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training import Source, StreamOptions, TrainingLoader, attach_loader  # noqa: E402
+from training.loader import add_data_arguments  # noqa: E402
+
+EXAMPLE_DATA = Path(__file__).with_name("finetune.jsonl")
+"""Six conversations about the pictures next to it."""
+
 LORA_TARGETS = {
     "text": r".*\.text\.\w+_proj",
     "visual": r".*\.visual\.\w+_proj",
     "both": r".*\.(text|visual)\.\w+_proj",
 }
 """`target_modules` for PEFT: the linear layers of the decoder's attention and FFN experts, by modality."""
-
-
-def load_conversations(path: Path) -> list[dict[str, Any]]:
-    """One example per line; relative image paths are resolved against the file's folder."""
-    examples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for example in examples:
-        parts = [part for message in example["messages"] for part in message["content"] if isinstance(part, dict)]
-        for part in parts:
-            for key in ("path", "image"):
-                if key in part and not part[key].startswith(("http://", "https://", "data:")):
-                    part[key] = str(path.parent / part[key])
-    return examples
 
 
 def add_lora(model: PreTrainedModel, experts: str, rank: int) -> Any:
@@ -71,7 +65,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
         adam_beta2=0.95,
         bf16=torch.cuda.is_available(),  # Apple GPUs train in float32
         use_cpu=on_cpu,
-        remove_unused_columns=False,  # the collator needs the messages
+        ignore_data_skip=True,  # the loader moves to its position itself
         label_names=["labels"],
         # The loss is the mean over the labels of all processes.
         average_tokens_across_devices=PartialState(cpu=on_cpu).num_processes > 1,
@@ -85,18 +79,13 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Fine-tune NaViL on conversations in a JSONL file.",
+        description="Fine-tune NaViL on images and conversations (default: six of examples/).",
         epilog="example: python examples/finetune.py --model . --subfolder tiny --output runs/lora --lora visual",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder or name on the Hub")
     parser.add_argument("--subfolder", default="", metavar="NAME", help="folder of the weights in it, if not itself")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path(__file__).with_name("finetune.jsonl"),
-        metavar="FILE",
-        help='lines of {"messages": [...]} (default: six conversations about examples/*.png)',
-    )
+    add_data_arguments(parser, required=False)
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read data (%(default)s)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write the model to")
     parser.add_argument("--stage", choices=("s1.1", "s1.2", "s2"), default="s2", help="what trains (%(default)s: all)")
     parser.add_argument("--lora", choices=LORA_TARGETS, help="train adapters of these experts only (needs peft)")
@@ -108,6 +97,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=2e-4, metavar="X", help="default: %(default)s")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations to save memory")
     return parser
+
+
+def training_loader(options: argparse.Namespace, processor: Any, max_tokens: int) -> TrainingLoader:
+    """The data of `--data`, each conversation with at most a row's tokens, or else `max_tokens`."""
+    return TrainingLoader(
+        [Source.parse(words) for words in options.data or [[str(EXAMPLE_DATA)]]],
+        processor.encode_conversation,
+        partial(processor.training_batch, row_length=options.row_length),
+        StreamOptions(batch_size=options.batch_size, max_tokens=options.row_length or max_tokens),
+        on_error=options.on_error,
+        max_errors=options.max_errors,
+        folder=options.output,
+        num_workers=options.workers,
+        accumulate=options.accumulate,
+    )
 
 
 def finetune(options: argparse.Namespace) -> None:
@@ -125,9 +129,9 @@ def finetune(options: argparse.Namespace) -> None:
     trainer = Trainer(
         model=model,
         args=training_arguments(options),
-        train_dataset=load_conversations(options.data),
-        data_collator=partial(processor.training_batch, row_length=options.row_length),
     )
+    context = model.config.text_config.max_position_embeddings
+    attach_loader(trainer, training_loader(options, processor, context))
     if options.lora and trainer.is_fsdp_enabled:
         raise ValueError("--lora merges the adapters into the weights, which FSDP shards: run it without FSDP")
     trainer.train()

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from examples import finetune
 from navil import CODE_FILES
+from training import Source, read_examples
 
 IGNORED = -100
 
@@ -225,14 +226,6 @@ def test_example_teaches_its_answers(recordings, conversations, tmp_path):
     assert finetune.main([*options, "--row-length", "4"]) == 1
 
 
-def test_image_paths_are_relative_to_their_file(tmp_path):
-    parts = [{"type": "image", key: name} for key, name in (("path", "a.png"), ("image", "b.png"), ("image", "data:,"))]
-    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}))
-    [loaded] = finetune.load_conversations(tmp_path / "data.jsonl")
-    names = [part.get("path", part.get("image")) for part in loaded["messages"][0]["content"]]
-    assert names == [str(tmp_path / "a.png"), str(tmp_path / "b.png"), "data:,"]
-
-
 def test_lora_without_peft_says_what_to_install(monkeypatch, recording):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="pip install peft"):
@@ -284,7 +277,7 @@ def test_lora_trains_its_experts_alone_merges_and_reloads(recordings, conversati
 def test_ddp_fsdp_and_streaming_give_the_losses_of_one_process(recordings, conversations, tmp_path):
     folder, collate, mixed = recordings["qwen3"].folder, recordings["qwen3"].processor.training_batch, mixed_examples()
     batches = [dict(collate([one])) for one in mixed]
-    examples = finetune.load_conversations(conversations)
+    examples = read_examples([Source(str(conversations))])
     torch.save({"batches": batches, "examples": examples}, tmp_path / "data.pt")
     torchrun("tests/distributed_worker.py", "train", folder, tmp_path / "data.pt", tmp_path / "losses.pt")
     together = torch.load(tmp_path / "losses.pt")
