@@ -15,12 +15,16 @@ Shapes: B batch, L tokens of a sequence, T = B*L tokens, V visual tokens (merged
 import functools
 import inspect
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import groupby, pairwise
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,9 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -39,7 +44,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
-from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple, is_flash_attn_2_available
+from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple, is_flash_attn_2_available, logging
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 # transformers copies only the modules that this one imports directly, so it imports all of them.
@@ -59,6 +64,8 @@ try:
 except ImportError:
     varlen_attn = None
 HAS_VARLEN = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.11
+
+logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
 LOSS_CHUNK = 1024  # positions; float32 logits of 152,000 tokens take 0.6 GB
@@ -134,9 +141,60 @@ def sdpa_backends() -> list[SDPBackend]:
     return [backend for backend, is_on in enabled.items() if is_on] or [SDPBackend.CUDNN_ATTENTION]
 
 
-def sdpa_kernels(query: Tensor) -> AbstractContextManager:
-    """Restricts torch's attention on a GPU to `sdpa_backends`."""
-    return sdpa_kernel(sdpa_backends()) if query.is_cuda else nullcontext()
+def sdpa_kernels(query: Tensor, dropout: float = 0.0) -> AbstractContextManager:
+    """Restricts torch's attention on a GPU to `sdpa_backends`, with flash-attn-4's kernels where they run."""
+    if not query.is_cuda:
+        return nullcontext()
+    backends = sdpa_backends()
+    if has_flash_attention_4() and dropout > 0:  # its kernels have no dropout
+        backends = [backend for backend in backends if backend != SDPBackend.FLASH_ATTENTION] or backends
+    return sdpa_kernel(backends)
+
+
+@torch.compiler.assume_constant_result
+def has_flash_attention_4() -> bool:
+    return flash_attention_4_obstacle() is None
+
+
+@functools.cache
+def flash_attention_4_obstacle() -> str | None:
+    """Gives torch's flash attention the kernels of flash-attn-4, for the whole process; why not, or None if it does.
+
+    `torch.nn.attention.restore_flash_attention_impl()` takes them away again.
+    """
+    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+        return "flash-attn-4 is not installed"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10):
+        return "flash-attn-4 needs a Hopper or Blackwell GPU"
+    try:
+        register_flash_attention_4()
+        query = torch.zeros(8, 1, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        offsets = torch.tensor([0, 8], dtype=torch.int32, device="cuda")
+        varlen_attn(query, query, query, offsets, offsets, 8, 8).sum().backward()
+    except Exception as error:  # of many types; then torch's own kernels run
+        with suppress(ImportError):
+            from torch.nn.attention import restore_flash_attention_impl
+
+            restore_flash_attention_impl()
+        obstacle = f"the installed flash-attn-4 does not fit torch {torch.__version__} ({error!r:.200})"
+        logger.warning(f"{obstacle}; attention runs on torch's kernels")
+        return obstacle
+    return None
+
+
+def register_flash_attention_4() -> None:
+    """Activates flash-attn-4 in torch's registry, through a module with as many results as torch unpacks."""
+    from torch.nn.attention import activate_flash_attention_impl, register_flash_attention_impl
+    from torch.nn.attention._fa4 import register_flash_attention_fa4
+
+    interface, adapter = import_module("flash_attn.cute.interface"), ModuleType("navil_flash_attention_4")
+    adapter._flash_attn_fwd = lambda *args, **kwargs: interface._flash_attn_fwd(*args, **kwargs)[:2]
+    adapter._flash_attn_bwd = lambda *args, **kwargs: interface._flash_attn_bwd(*args, **kwargs)[:3]
+    sys.modules[adapter.__name__] = adapter
+    register_flash_attention_impl(
+        adapter.__name__, register_fn=functools.partial(register_flash_attention_fa4, adapter.__name__)
+    )
+    activate_flash_attention_impl(adapter.__name__)
 
 
 # -- Vision encoder ----------------------------------------------------------------------------------------------------
@@ -280,7 +338,7 @@ def segment_attention_sdpa(
         k, v = k.contiguous(), v.contiguous()
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scaling)
 
-    with sdpa_kernels(query):
+    with sdpa_kernels(query, dropout):
         return _attend_by_run(attend, query, key, value, segments)
 
 
@@ -346,12 +404,13 @@ def segment_attention_function(implementation: str, query: Tensor) -> Callable:
     """
     if implementation not in SEGMENT_ATTENTION_FUNCTIONS:
         raise ValueError(
-            f"attention in the vision encoder, and of packed rows, is one of {list(SEGMENT_ATTENTION_FUNCTIONS)}, got "
+            f"attention of the vision encoder, or of packed rows, is one of {list(SEGMENT_ATTENTION_FUNCTIONS)}, got "
             f"{implementation!r}; name both parts: attn_implementation={{'vision_config': 'sdpa', 'text_config': ...}}"
         )
     if implementation == "sdpa" and HAS_VARLEN and query.is_cuda:
         is_half = query.dtype in (torch.float16, torch.bfloat16)
         if is_half and query.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0):
+            has_flash_attention_4()  # activates it
             implementation = "varlen"
     return SEGMENT_ATTENTION_FUNCTIONS[implementation]
 
@@ -653,8 +712,13 @@ def decoder_attention_one_query(
     """As `decoder_attention_eager` for L = 1: decoding, whose speed is that of reading keys and values.
 
     GQA query groups are folded into the query dimension, so keys and values are not repeated as in transformers'
-    function. Compiled for a GPU, the definition is faster than kernels that use one block per head.
+    function. Compiled for a GPU, the definition is faster than kernels that use one block per head; FlexAttention, with
+    `flash_decoding`, splits the keys over blocks.
     """
+    if module.flash_decoding and torch.compiler.is_compiling():
+        score_mod = None if mask is None else lambda score, b, h, q, k: score + mask[b % len(mask), 0, q, k]
+        output = flex_attention(query, key, value, score_mod, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2), None
     if query.is_cuda and torch.compiler.is_compiling():
         return decoder_attention_eager(module, query, key, value, mask, scaling, dropout)[0], None
     query = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # (B, K, H/K, E)
@@ -701,6 +765,8 @@ class NaViLAttentionExpert(nn.Module):
 class NaViLAttention(nn.Module):
     """Causal attention over all tokens, with the projections of each token's modality (the paper's MHA-MMoE)."""
 
+    flash_decoding = False
+
     def __init__(self, config: NaViLTextConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -737,7 +803,7 @@ class NaViLAttention(nn.Module):
             attend = ALL_ATTENTION_FUNCTIONS[mask.implementation]
         dropout = self.config.attention_dropout if self.training else 0.0
         built_mask = mask(key.shape[-2], query.device) if mask.documents is None else mask.documents
-        with sdpa_kernels(query):
+        with sdpa_kernels(query, dropout):
             output, weights = attend(self, query, key, value, built_mask, scaling=self.scaling, dropout=dropout)
         return output.flatten(2), weights
 
@@ -1029,6 +1095,32 @@ def token_losses(hidden: Tensor, labels: Tensor, output_head: nn.Module) -> Tens
 
 # -- The composed model ------------------------------------------------------------------------------------------------
 
+MIN_STATIC_CACHE = 512  # tokens
+DECODING_DEFAULTS = {"use_cache": True, "cache_implementation": None, "num_beams": 1, "prefill_chunk_size": None}
+"""Settings of `generate` with which `optimize_for_inference` applies."""
+TUNED_OPTIONS = {
+    # Tune the kernels of one-row matmuls, fuse independent kernels, start each while the one before it ends.
+    "cuda": {
+        "triton.cudagraphs": True,
+        "coordinate_descent_tuning": True,
+        "max_autotune_pointwise": True,
+        "combo_kernels": True,
+        "triton.enable_pdl": True,
+    },
+    "cpu": {"cpp_wrapper": True},  # call the kernels from C++ instead of Python
+}
+"""Options of `torch.compile` that measured fastest for decoding, by device."""
+
+
+def compile_obstacle(device: torch.device) -> str | None:
+    """Why torch cannot compile for a device (no C++ compiler, no triton, an old GPU), or None."""
+    try:
+        torch.compile(lambda x: -x, dynamic=True)(torch.zeros(2, device=device))
+    except Exception as error:  # of many types
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
 VISUAL_INPUTS = (*IMAGE_INPUTS, "visual_token_mask")
 """Inputs of `generate` for the prompt only, not for later steps."""
 
@@ -1157,6 +1249,7 @@ class NaViLModel(NaViLPreTrainedModel):
 class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationMixin):
     """NaViL with its output head: `generate` and `chat`."""
 
+    decoding_settings: dict[str, Any] | None = None  # of `generate`, after `optimize_for_inference` on a GPU
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: NaViLConfig):
@@ -1173,14 +1266,16 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         """As in transformers; `use_flash_attn` is the released name for an `attn_implementation`.
 
         Raises:
-            ValueError: `use_flash_attn=True` without flash-attn, or with another `attn_implementation`.
+            ValueError: `use_flash_attn=True` without flash-attn or flash-attn-4, or with another `attn_implementation`.
         """
         if load_in_8bit:  # used in the released examples; transformers 5 has dropped it
             kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
         if use_flash_attn is not None:
-            if use_flash_attn and not is_flash_attn_2_available():
-                raise ValueError("use_flash_attn=True needs an NVIDIA GPU and the package flash-attn; or leave it out")
-            implementation = "flash_attention_2" if use_flash_attn else "sdpa"
+            implementation = "flash_attention_2" if use_flash_attn and is_flash_attn_2_available() else "sdpa"
+            if use_flash_attn and implementation == "sdpa" and (obstacle := flash_attention_4_obstacle()):
+                raise ValueError(
+                    f"use_flash_attn=True needs an NVIDIA GPU and the package flash-attn or flash-attn-4: {obstacle}"
+                )
             # AutoModel moves the argument into the config.
             given = getattr(kwargs.get("config"), "_attn_implementation_internal", None)
             if kwargs.setdefault("attn_implementation", given or implementation) != implementation:
@@ -1230,6 +1325,34 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
                 f"{IMAGE_TOKEN} and {IMAGE_START_TOKEN} have ids {token_ids}, the embedding table {vocab_size} rows"
             )
         self.config.image_token_id, self.config.image_start_token_id = token_ids
+
+    def optimize_for_inference(
+        self, tune: bool = True, flash_decoding: bool = False
+    ) -> "NaViLForConditionalGeneration":
+        """Compiles the model for the device that it is on, for `generate`, `chat` and everything else; returns it.
+
+        Decoder layers apart from attention, and on an NVIDIA GPU vision blocks, become graphs that serve all layers and
+        sizes. On a GPU, decoding becomes one CUDA graph per size of a static cache, which doubles when it is too small;
+        `generate` uses it unless a call asks for another cache, beams or an assistant model. Compilation happens in the
+        first calls. Where torch cannot compile, a message says why and the model stays as it is.
+
+        Args:
+            tune: on a GPU, try several forms of each decoding kernel, which takes minutes per size of the cache.
+            flash_decoding: on a GPU, decode with FlexAttention, which splits the keys of a head over several blocks,
+                in place of attention by its definition; not measured yet.
+        """
+        if obstacle := compile_obstacle(self.device):
+            logger.warning(f"the model stays as it is, not compiled: {obstacle}")
+            return self
+        for layer in self.language_model.layers:
+            layer.is_compiled = True
+            layer.self_attn.flash_decoding = flash_decoding
+        if self.device.type == "cuda":
+            for block in self.vision_model.blocks:  # on a CPU, each number of segment runs would be a graph of its own
+                block.compile(dynamic=True)
+            options = TUNED_OPTIONS["cuda"] if tune else {"triton.cudagraphs": True}
+            self.decoding_settings = {"compile_config": CompileConfig(mode=None, options=options)}
+        return self.eval()
 
     def set_training_stage(self, stage: str) -> None:
         """Sets which parameters train (paper, section 4.2).
@@ -1362,7 +1485,38 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         if has_images and has_ids and kwargs.get("visual_token_mask") is None:
             # Of the prompt only: generated tokens are text, also if a forward without a cache gets them again.
             kwargs["visual_token_mask"] = self.model.get_visual_token_mask(prompt)
+        kwargs |= self._optimized_decoding(settings, kwargs)
         return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _optimized_decoding(self, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What `optimize_for_inference` adds to the arguments of `generate`, unless they rule out a static cache."""
+        if self.decoding_settings is None or "compile_config" in kwargs or kwargs.get("assistant_model") is not None:
+            return {}
+        given = one_cache(kwargs.get("past_key_values"), kwargs.get("cache"))
+        if given is not None:
+            return dict(self.decoding_settings) if given.is_compileable else {}
+        chosen = {name: kwargs.get(name, getattr(generation_config, name, None)) for name in DECODING_DEFAULTS}
+        is_plain = all(value is None or value == DECODING_DEFAULTS[name] for name, value in chosen.items())
+        return {**self.decoding_settings, "cache_implementation": "static"} if is_plain else {}
+
+    def _prepare_cache_for_generation(self, *args: Any) -> Any:
+        """As in transformers, but static caches grow by doubling: each size is compiled once."""
+        *others, max_length = args[:5]
+        if args[0].cache_implementation == "static":
+            max_length = self.static_cache_length(max_length)
+        return super()._prepare_cache_for_generation(*others, max_length, *args[5:])
+
+    def new_session_cache(self, num_tokens: int) -> Cache:
+        """An empty cache of one sequence for `NaViLChatSession`, for at least `num_tokens` tokens."""
+        if self.decoding_settings is None:
+            return DynamicCache()
+        settings = {"max_cache_len": self.static_cache_length(num_tokens), "device": self.device, "dtype": self.dtype}
+        return StaticCache(self.config.text_config, max_batch_size=1, **settings)
+
+    def static_cache_length(self, num_tokens: int) -> int:
+        """The size of the static cache for a number of tokens: a power of two, or the context's length."""
+        doubled = max(MIN_STATIC_CACHE, 1 << (num_tokens - 1).bit_length())
+        return max(num_tokens, min(doubled, self.config.text_config.context_length))
 
     def check_context(self, num_tokens: int, plans: Sequence[ImagePlan] = ()) -> None:
         """Raises `NaViLImageProcessor.context_error` for a prompt with more tokens than the context holds."""
@@ -1389,10 +1543,13 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
     ) -> dict[str, Any]:
         kwargs.pop("tokenizer", None)  # for stop strings; transformers 4.57 and later pass it to the model
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        attention_mask = kwargs.get("attention_mask")
         if "cache" in inputs:  # PEFT's prompt tuning looks for the older name
             inputs["past_key_values"] = inputs.pop("cache")
         tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         num_new, num_cached = tokens.shape[1], input_ids.shape[1] - tokens.shape[1]
+        if num_new > 1 and attention_mask is not None:  # for static caches transformers makes it (B, 1, L, keys)
+            inputs["attention_mask"] = attention_mask
         if visual_token_mask is not None:
             # Without a cache the sequence grows past the prompt's mask: generated tokens are text.
             grown = F.pad(visual_token_mask, (0, max(0, input_ids.shape[1] - visual_token_mask.shape[1])))
