@@ -1,7 +1,5 @@
 """`optimize_for_inference`: the same answers, on compiled parts and static caches."""
 
-import functools
-
 import pytest
 import torch
 from conftest import recorded_image, relative_error
