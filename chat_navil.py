@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import BaseStreamer, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -98,30 +98,39 @@ class NaViLChatSession:
             question, input_ids, images = model._prepare(
                 tokenizer, self.options, question, images, self.history, earlier_images=self.images
             )
-            cache, num_cached = self._crop_cache(input_ids)
+            settings = model._chat_settings(tokenizer, self.generation_config, None, input_ids.shape[1])
+            num_new = settings["max_new_tokens"] or settings["max_length"] - input_ids.shape[1]
+            cache, num_cached = self._reusable_cache(input_ids, num_new)
             self._reset_cache()  # if generation fails, the cache is incomplete
             output_ids, [answer] = model._answer(
                 tokenizer, [input_ids], images | {CACHE: cache}, self.generation_config, streamer
             )
-        self._cache, self._cached_ids = cache, output_ids[0, : cache.get_seq_length()]
+        self._cache, self._cached_ids = cache, output_ids[0, : int(cache.get_seq_length())]
         self.num_prefilled = input_ids.shape[1] - num_cached
         self.images = images
         self.history.append((question, answer))
         return answer
 
     def _reset_cache(self) -> None:
-        self._cache, self._cached_ids = DynamicCache(), torch.tensor([], dtype=torch.long)
+        self._cache, self._cached_ids = None, torch.tensor([], dtype=torch.long)
 
-    def _crop_cache(self, input_ids: Tensor) -> tuple[DynamicCache, int]:
-        """The cache, cropped to its common prefix with a prompt (1, L), and that prefix's length, less than L."""
+    def _reusable_cache(self, input_ids: Tensor, num_new: int) -> tuple[Cache, int]:
+        """A cache for a prompt (1, L) and `num_new` tokens, and how many of the prompt's tokens it holds, less than L.
+
+        It is the cache so far, cropped to the common prefix; static caches can neither be cropped nor grow.
+        """
         prompt, cached = input_ids[0, :-1], self._cached_ids.to(input_ids.device)
         length = min(len(prompt), len(cached))
         num_shared = int((prompt[:length] == cached[:length]).cumprod(0).sum())
         text = self.model.config.text_config
         if text.rope_type == "dynamic" and input_ids.shape[1] > text.max_position_embeddings:
             num_shared = 0  # dynamic NTK: the rotation of every key depends on the length
+        num_tokens = input_ids.shape[1] + num_new
+        is_static = self._cache is not None and not isinstance(self._cache, DynamicCache)
+        if is_static and (num_shared < len(cached) or num_tokens > self._cache.get_max_cache_shape()):
+            num_shared = 0
         if num_shared == 0:
-            return DynamicCache(), 0
+            return self.model.new_session_cache(num_tokens), 0
         if num_shared < len(cached):
             self._cache.crop(num_shared - len(cached))  # negative: tokens to remove
         return self._cache, num_shared

@@ -269,6 +269,7 @@ class NaViLConfig(PretrainedConfig):
 
     model_type = "navil"
     sub_configs = {"vision_config": NaViLVisionConfig, "text_config": NaViLTextConfig}
+    output_logits = None  # the default of `forward`'s argument
 
     def __init__(
         self,

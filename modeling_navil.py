@@ -12,13 +12,19 @@ Shapes: B batch, L tokens of a sequence, T = B*L tokens, V visual tokens (merged
 (each scale of each frame is an attention segment), D hidden size, H heads, K key/value heads, E head dimension.
 """
 
+import functools
+import inspect
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from itertools import groupby
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import groupby, pairwise
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -36,7 +44,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.models.auto.tokenization_auto import AutoTokenizer
-from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple, is_flash_attn_2_available
+from transformers.utils import GENERATION_CONFIG_NAME, can_return_tuple, is_flash_attn_2_available, logging
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 # transformers copies only the modules that this one imports directly, so it imports all of them.
@@ -53,10 +61,14 @@ else:
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
+except ImportError:
     varlen_attn = None
+HAS_VARLEN = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.11
+
+logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
+LOSS_CHUNK = 1024  # positions; float32 logits of 152,000 tokens take 0.6 GB
 
 
 class NaViLRMSNorm(nn.RMSNorm):
@@ -108,6 +120,12 @@ def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(allowed, blocked.new_zeros(()), blocked)
 
 
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """The function as one graph for inputs of any size."""
+    return torch.compile(function, dynamic=True)
+
+
 @torch.compiler.assume_constant_result
 def sdpa_backends() -> list[SDPBackend]:
     """The enabled kernels of torch's attention on a GPU, without cuDNN's unless it is the only one.
@@ -123,9 +141,60 @@ def sdpa_backends() -> list[SDPBackend]:
     return [backend for backend, is_on in enabled.items() if is_on] or [SDPBackend.CUDNN_ATTENTION]
 
 
-def sdpa_kernels(query: Tensor) -> AbstractContextManager:
-    """Restricts torch's attention on a GPU to `sdpa_backends`."""
-    return sdpa_kernel(sdpa_backends()) if query.is_cuda else nullcontext()
+def sdpa_kernels(query: Tensor, dropout: float = 0.0) -> AbstractContextManager:
+    """Restricts torch's attention on a GPU to `sdpa_backends`, with flash-attn-4's kernels where they run."""
+    if not query.is_cuda:
+        return nullcontext()
+    backends = sdpa_backends()
+    if has_flash_attention_4() and dropout > 0:  # its kernels have no dropout
+        backends = [backend for backend in backends if backend != SDPBackend.FLASH_ATTENTION] or backends
+    return sdpa_kernel(backends)
+
+
+@torch.compiler.assume_constant_result
+def has_flash_attention_4() -> bool:
+    return flash_attention_4_obstacle() is None
+
+
+@functools.cache
+def flash_attention_4_obstacle() -> str | None:
+    """Gives torch's flash attention the kernels of flash-attn-4, for the whole process; why not, or None if it does.
+
+    `torch.nn.attention.restore_flash_attention_impl()` takes them away again.
+    """
+    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+        return "flash-attn-4 is not installed"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10):
+        return "flash-attn-4 needs a Hopper or Blackwell GPU"
+    try:
+        register_flash_attention_4()
+        query = torch.zeros(8, 1, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        offsets = torch.tensor([0, 8], dtype=torch.int32, device="cuda")
+        varlen_attn(query, query, query, offsets, offsets, 8, 8).sum().backward()
+    except Exception as error:  # of many types; then torch's own kernels run
+        with suppress(ImportError):
+            from torch.nn.attention import restore_flash_attention_impl
+
+            restore_flash_attention_impl()
+        obstacle = f"the installed flash-attn-4 does not fit torch {torch.__version__} ({error!r:.200})"
+        logger.warning(f"{obstacle}; attention runs on torch's kernels")
+        return obstacle
+    return None
+
+
+def register_flash_attention_4() -> None:
+    """Activates flash-attn-4 in torch's registry, through a module with as many results as torch unpacks."""
+    from torch.nn.attention import activate_flash_attention_impl, register_flash_attention_impl
+    from torch.nn.attention._fa4 import register_flash_attention_fa4
+
+    interface, adapter = import_module("flash_attn.cute.interface"), ModuleType("navil_flash_attention_4")
+    adapter._flash_attn_fwd = lambda *args, **kwargs: interface._flash_attn_fwd(*args, **kwargs)[:2]
+    adapter._flash_attn_bwd = lambda *args, **kwargs: interface._flash_attn_bwd(*args, **kwargs)[:3]
+    sys.modules[adapter.__name__] = adapter
+    register_flash_attention_impl(
+        adapter.__name__, register_fn=functools.partial(register_flash_attention_fa4, adapter.__name__)
+    )
+    activate_flash_attention_impl(adapter.__name__)
 
 
 # -- Vision encoder ----------------------------------------------------------------------------------------------------
@@ -133,9 +202,9 @@ def sdpa_kernels(query: Tensor) -> AbstractContextManager:
 
 @dataclass  # a NamedTuple would make torch.compile recompile for each number of segment runs
 class Segments:
-    """Consecutive groups of packed patches; attention stays inside a group."""
+    """Consecutive groups of packed patches, or of packed documents' tokens; attention stays inside a group."""
 
-    runs: list[tuple[int, int]]  # (count, length): `count` adjacent segments of `length` patches each
+    runs: list[tuple[int, int]]  # (count, length): `count` adjacent segments of `length` patches or tokens each
     offsets: Tensor  # (segments + 1,) int32, cumulative lengths (`cu_seqlens`)
     max_length: int
 
@@ -144,6 +213,42 @@ class Segments:
         runs = [(len(list(group)), length) for length, group in groupby(lengths)]
         offsets = np.cumsum([0, *lengths], dtype=np.int32)
         return cls(runs, torch.from_numpy(offsets).to(device), max(lengths))
+
+    def repeat_for_members(self, values: Tensor) -> Tensor:
+        """(segments,) a number per segment -> (N,) the number of each patch's or token's segment."""
+        return values.repeat_interleave(self.offsets.diff())
+
+    def positions(self) -> Tensor:
+        """(N,) index of each patch or token in its segment."""
+        starts = self.repeat_for_members(self.offsets[:-1])
+        return torch.arange(len(starts), device=starts.device) - starts
+
+    @classmethod
+    def of_documents(
+        cls,
+        offsets: Tensor,
+        batch_shape: tuple[int, int],
+        key_offsets: Tensor | None = None,
+        max_lengths: Sequence[int | None] = (),
+    ) -> "Segments":
+        """The documents of packed rows (B, L), from their offsets (documents + 1,) among the B*L tokens.
+
+        Raises:
+            ValueError: offsets that do not divide every row into documents, other offsets for the keys, or a maximum
+                below the longest document.
+        """
+        ends = offsets.tolist()
+        row_ends = range(0, math.prod(batch_shape) + 1, batch_shape[1])
+        rises = all(before < after for before, after in pairwise(ends))
+        if not rises or not ends or (ends[0], ends[-1]) != (0, row_ends[-1]) or not {*row_ends} <= {*ends}:
+            kind = f"{row_ends.stop - 1} and contain the end of each of the {batch_shape[0]} rows"
+            raise ValueError(f"cu_seq_lens_q must rise from 0 to {kind}; got {ends!r:.200}")
+        if key_offsets is not None and key_offsets.tolist() != ends:
+            raise ValueError(f"cu_seq_lens_k must equal cu_seq_lens_q; got {key_offsets.tolist()!r:.200}")
+        segments = cls.of_lengths([after - before for before, after in pairwise(ends)], offsets.device)
+        if any(length is not None and length < segments.max_length for length in max_lengths):
+            raise ValueError(f"max_length_q and max_length_k are {max_lengths}, a document has {segments.max_length}")
+        return segments
 
 
 @dataclass
@@ -197,23 +302,43 @@ def patch_positions(cells: Tensor, merge: int) -> Tensor:
     return (cells[:, None] * merge + torch.cartesian_prod(side, side)).flatten(0, 1)
 
 
-def segment_attention_eager(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+def segment_attention_eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
     """Attention inside segments, by definition; query, key, value and result are (N, H, E)."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = ((q * scaling) @ k.transpose(-1, -2)).softmax(dim=-1)
-        return weights.to(v.dtype) @ v
+        scores = (q * scaling) @ k.transpose(-1, -2)
+        if is_causal:
+            hidden = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        return F.dropout(scores.softmax(dim=-1), p=dropout).to(v.dtype) @ v
 
     return _attend_by_run(attend, query, key, value, segments)
 
 
-def segment_attention_sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+def segment_attention_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
     """As `segment_attention_eager`, with torch's scaled_dot_product_attention."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # contiguous keys and values are faster on CPUs
-        return F.scaled_dot_product_attention(q, k.contiguous(), v.contiguous(), scale=scaling)
+        k, v = k.contiguous(), v.contiguous()
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=is_causal, scale=scaling)
 
-    with sdpa_kernels(query):
+    with sdpa_kernels(query, dropout):
         return _attend_by_run(attend, query, key, value, segments)
 
 
@@ -227,17 +352,39 @@ def _attend_by_run(attend: Callable, query: Tensor, key: Tensor, value: Tensor, 
     return torch.cat(outputs)  # (N, H, E)
 
 
-def segment_attention_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
-    """As `segment_attention_eager`, with torch's variable-length flash attention (CUDA, half precision)."""
-    length = segments.max_length
-    return varlen_attn(query, key, value, segments.offsets, segments.offsets, length, length, scale=scaling)
+def segment_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """As `segment_attention_eager`, with torch's variable-length flash attention (CUDA, half precision).
+
+    It has no dropout: with dropout this is `segment_attention_sdpa`.
+    """
+    if dropout > 0:
+        return segment_attention_sdpa(query, key, value, segments, scaling, is_causal, dropout)
+    offsets, length = segments.offsets, segments.max_length
+    causal = {"window_size": (-1, 0)} if is_causal else {}
+    return varlen_attn(query, key, value, offsets, offsets, length, length, scale=scaling, **causal)
 
 
-def segment_attention_flash(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+def segment_attention_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
+    is_causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
     """As `segment_attention_eager`, with the flash-attn package (CUDA, half precision)."""
-    length = segments.max_length
+    offsets, length = segments.offsets, segments.max_length
     return flash_attn_varlen_func(
-        query, key, value, segments.offsets, segments.offsets, length, length, softmax_scale=scaling
+        query, key, value, offsets, offsets, length, length, dropout, softmax_scale=scaling, causal=is_causal
     )
 
 
@@ -253,16 +400,17 @@ def segment_attention_function(implementation: str, query: Tensor) -> Callable:
     """The function for an attention implementation; `sdpa` selects torch's fastest kernel for the query (N, H, E).
 
     Raises:
-        ValueError: an implementation that the vision encoder lacks; the decoder accepts all of transformers'.
+        ValueError: an implementation that has none; the decoder, without packed rows, accepts all of transformers'.
     """
     if implementation not in SEGMENT_ATTENTION_FUNCTIONS:
         raise ValueError(
-            f"the vision encoder's attention is one of {list(SEGMENT_ATTENTION_FUNCTIONS)}, got {implementation!r}; "
-            f"name both parts: attn_implementation={{'vision_config': 'sdpa', 'text_config': {implementation!r}}}"
+            f"attention of the vision encoder, or of packed rows, is one of {list(SEGMENT_ATTENTION_FUNCTIONS)}, got "
+            f"{implementation!r}; name both parts: attn_implementation={{'vision_config': 'sdpa', 'text_config': ...}}"
         )
-    if implementation == "sdpa" and varlen_attn is not None and query.is_cuda:
+    if implementation == "sdpa" and HAS_VARLEN and query.is_cuda:
         is_half = query.dtype in (torch.float16, torch.bfloat16)
         if is_half and query.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0):
+            has_flash_attention_4()  # activates it
             implementation = "varlen"
     return SEGMENT_ATTENTION_FUNCTIONS[implementation]
 
@@ -502,6 +650,7 @@ class CausalMask:
     past_length: int | None  # keys in the cache; None if only the device knows (static caches)
     implementation: str  # the attention implementation of all layers
     dtype: torch.dtype
+    documents: Segments | None = None  # of packed rows, in place of a mask
     _built: Tensor | None = None
     _key_length: int | None = None
 
@@ -517,7 +666,7 @@ class CausalMask:
                 raise ValueError(f"attention_mask covers {mask.shape[-1]} keys but there are at least {num_keys}")
         if self.implementation == "flash_attention_2" and (self.past_length is None or is_4d):
             raise ValueError(
-                "flash_attention_2 takes neither a (B, 1, L, keys) mask, as of packed rows, nor a static cache; "
+                "flash_attention_2 takes neither a (B, 1, L, keys) mask nor a static cache; "
                 "attn_implementation='sdpa' takes both"
             )
 
@@ -563,13 +712,29 @@ def decoder_attention_one_query(
     """As `decoder_attention_eager` for L = 1: decoding, whose speed is that of reading keys and values.
 
     GQA query groups are folded into the query dimension, so keys and values are not repeated as in transformers'
-    function. Compiled for a GPU, the definition is faster than kernels that use one block per head.
+    function. Compiled for a GPU, the definition is faster than kernels that use one block per head; FlexAttention, with
+    `flash_decoding`, splits the keys over blocks.
     """
+    if module.flash_decoding and torch.compiler.is_compiling():
+        score_mod = None if mask is None else lambda score, b, h, q, k: score + mask[b % len(mask), 0, q, k]
+        output = flex_attention(query, key, value, score_mod, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2), None
     if query.is_cuda and torch.compiler.is_compiling():
         return decoder_attention_eager(module, query, key, value, mask, scaling, dropout)[0], None
     query = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # (B, K, H/K, E)
     output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
     return output.flatten(1, 2)[:, None], None  # (B, 1, H, E)
+
+
+def decoder_attention_documents(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, documents: Segments, scaling: float, dropout: float
+) -> tuple[Tensor, None]:
+    """As `decoder_attention_eager` for packed rows: attention stays inside a document, without a mask."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, H, E)
+    attend = segment_attention_function(module.config._attn_implementation, query)
+    flat = (x.flatten(0, 1) for x in (query, key, value))
+    return attend(*flat, documents, scaling, is_causal=True, dropout=dropout).view_as(query), None
 
 
 class NaViLAttentionExpert(nn.Module):
@@ -600,6 +765,8 @@ class NaViLAttentionExpert(nn.Module):
 class NaViLAttention(nn.Module):
     """Causal attention over all tokens, with the projections of each token's modality (the paper's MHA-MMoE)."""
 
+    flash_decoding = False
+
     def __init__(self, config: NaViLTextConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -610,28 +777,39 @@ class NaViLAttention(nn.Module):
         self.text = NaViLAttentionExpert(config)
         self.visual = NaViLAttentionExpert(config)
 
-    def forward(
-        self, x: Tensor, order: ModalityOrder, rotary: tuple[Tensor, Tensor], mask: CausalMask, cache: Cache | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def project(self, x: Tensor, order: ModalityOrder, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, H, L, E) and keys, and values, (B, K, L, E) each, of tokens sorted by modality (T, D)."""
         text, visual = self.text, self.visual
         query = order.join(order.apply_experts(text.query, visual.query, x)).transpose(1, 2)  # (B, H, L, E)
         key = order.join(order.apply_experts(text.key, visual.key, x)).transpose(1, 2)  # (B, K, L, E)
         value = order.join(order.apply_experts(text.value, visual.value, x)).transpose(1, 2)
-        query, key = rotate_pairs(query, *rotary), rotate_pairs(key, *rotary)
+        return rotate_pairs(query, *rotary), rotate_pairs(key, *rotary), value
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: CausalMask, cache: Cache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of `project`'s queries, (B, L, H*E), and its weights if the implementation gives them."""
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx, {"cache_position": mask.cache_position})
-        if mask.implementation == "eager":
+            cached = cache.update(key, value, self.layer_idx, {"cache_position": mask.cache_position})
+            if mask.past_length != 0:  # an empty static cache returns its empty places too
+                key, value = cached
+        if mask.documents is not None:
+            attend = decoder_attention_documents
+        elif mask.implementation == "eager":
             attend = decoder_attention_eager
         elif mask.implementation == "sdpa" and query.shape[-2] == 1:
             attend = decoder_attention_one_query
         else:
             attend = ALL_ATTENTION_FUNCTIONS[mask.implementation]
         dropout = self.config.attention_dropout if self.training else 0.0
-        built_mask = mask(key.shape[-2], query.device)
-        with sdpa_kernels(query):
+        built_mask = mask(key.shape[-2], query.device) if mask.documents is None else mask.documents
+        with sdpa_kernels(query, dropout):
             output, weights = attend(self, query, key, value, built_mask, scaling=self.scaling, dropout=dropout)
-        output = order.split(output.flatten(2))  # (T, H*E)
-        return order.apply_experts(text.o_proj, visual.o_proj, output), weights
+        return output.flatten(2), weights
+
+    def project_output(self, attended: Tensor, order: ModalityOrder) -> Tensor:
+        """(B, L, H*E) -> (T, D), sorted by modality."""
+        return order.apply_experts(self.text.o_proj, self.visual.o_proj, order.split(attended))
 
 
 class NaViLFeedForwardExpert(nn.Module):
@@ -660,6 +838,13 @@ class NaViLFeedForward(nn.Module):
 
 
 class NaViLDecoderLayer(nn.Module):
+    """Attention and FFN, each with a residual.
+
+    The parts before and after attention see no mask and no cache: compiled, one graph of each serves all layers.
+    """
+
+    is_compiled = False
+
     def __init__(self, config: NaViLTextConfig, layer_idx: int):
         super().__init__()
         self.input_layernorm = NaViLRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -667,10 +852,23 @@ class NaViLDecoderLayer(nn.Module):
         self.self_attn = NaViLAttention(config, layer_idx)
         self.mlp = NaViLFeedForward(config)
 
-    def forward(self, x: Tensor, order: ModalityOrder, *attention_args: Any) -> tuple[Tensor, Tensor | None]:
-        attended, weights = self.self_attn(self.input_layernorm(x), order, *attention_args)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x), order), weights
+    def forward(
+        self, x: Tensor, order: ModalityOrder, rotary: tuple[Tensor, Tensor], mask: CausalMask, cache: Cache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        before, after = NaViLDecoderLayer.before_attention, NaViLDecoderLayer.after_attention
+        if self.is_compiled and not torch.compiler.is_compiling():
+            before, after = compiled(before), compiled(after)
+        attended, weights = self.self_attn(*before(self, x, order, rotary), mask, cache)
+        return after(self, x, attended, order), weights
+
+    def before_attention(
+        self, x: Tensor, order: ModalityOrder, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.project(self.input_layernorm(x), order, rotary)
+
+    def after_attention(self, x: Tensor, attended: Tensor, order: ModalityOrder) -> Tensor:
+        x = x + self.self_attn.project_output(attended, order)
+        return x + self.mlp(self.post_attention_layernorm(x), order)
 
 
 class NaViLTextModel(NaViLPreTrainedModel):
@@ -703,12 +901,24 @@ class NaViLTextModel(NaViLPreTrainedModel):
         output_hidden_states: bool = False,
         cache_position: Tensor | None = None,
         cache: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> BaseModelOutputWithPast:
         """As in transformers' decoders.
 
         Args:
+            position_ids: (B or 1, L). Without a mask and a cache, a restart begins another document, as in
+                `cu_seq_lens_q`.
             visual_token_mask: (B, L) bool, True for the visual experts; None means that all tokens are text.
             cache: the name of `past_key_values` since transformers 5.24.
+            cu_seq_lens_q: (documents + 1,) offsets of the documents in packed rows, among the B*L tokens: no document
+                attends to another. `cu_seq_lens_k`, `max_length_q` and `max_length_k` say the same again, as in
+                transformers' `DataCollatorWithFlattening`.
+
+        Raises:
+            ValueError: inputs that do not fit together.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -716,13 +926,21 @@ class NaViLTextModel(NaViLPreTrainedModel):
         batch_shape = tuple(inputs_embeds.shape[:2])
         if visual_token_mask is not None and tuple(visual_token_mask.shape) != batch_shape:
             raise ValueError(f"visual_token_mask is {tuple(visual_token_mask.shape)} but the tokens are {batch_shape}")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        use_cache = use_cache and not (self.gradient_checkpointing and self.training)
         past_key_values = one_cache(past_key_values, cache)
+        excludes_packing = (
+            any(x is not None for x in (attention_mask, past_key_values)) or use_cache or output_attentions
+        )
+        packing = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+        documents = find_documents(batch_shape, position_ids, *packing, excludes_packing)
+        if use_cache is None:
+            use_cache = self.config.use_cache and documents is None
+        use_cache = use_cache and not (self.gradient_checkpointing and self.training)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
 
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if batch_shape[1] > 1 and not torch.compiler.is_compiling():
+            past_length = int(past_length)  # of a static cache: one wait for the GPU, in the prefill
         if cache_position is None:
             cache_position = torch.arange(batch_shape[1], device=inputs_embeds.device) + past_length
         causal_mask = CausalMask(
@@ -731,10 +949,11 @@ class NaViLTextModel(NaViLPreTrainedModel):
             past_length if isinstance(past_length, int) else None,
             "eager" if output_attentions else self.config._attn_implementation,  # kernels return no weights
             inputs_embeds.dtype,
+            documents,
         )
         if position_ids is None:
-            position_ids = default_position_ids(attention_mask, cache_position)
-        rotary = self._rotary(position_ids, inputs_embeds.dtype)
+            position_ids = default_position_ids(attention_mask, cache_position, documents)
+        rotary = self._rotary(position_ids, documents, inputs_embeds.dtype)
         order = ModalityOrder.build(batch_shape, visual_token_mask)
 
         x = order.split(inputs_embeds)  # (T, D)
@@ -753,7 +972,7 @@ class NaViLTextModel(NaViLPreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _rotary(self, position_ids: Tensor, documents: Segments | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine, (B, 1, L, E/2), of 1D RoPE without scaling, or with linear or dynamic NTK scaling."""
         config = self.config
         frequencies = rotary_frequencies(config.head_dim, config.rope_theta, position_ids.device)  # (E/2,)
@@ -762,10 +981,13 @@ class NaViLTextModel(NaViLPreTrainedModel):
             positions = positions / config.rope_factor
         elif config.rope_type == "dynamic":
             # Beyond the trained context, the base grows with the length of each sequence; no host sync.
-            length = (positions.amax(dim=1, keepdim=True) + 1).clamp(min=config.max_position_embeddings)
+            length = positions.amax(dim=1, keepdim=True) + 1  # (B, 1, 1)
+            if documents is not None:
+                length = documents.repeat_for_members(documents.offsets.diff()).view_as(positions)
+            length = length.clamp(min=config.max_position_embeddings)
             growth = config.rope_factor * length / config.max_position_embeddings - (config.rope_factor - 1)
             exponents = torch.arange(0, config.head_dim, 2, device=growth.device) / (config.head_dim - 2)
-            frequencies = frequencies * growth**-exponents  # (B, 1, E/2)
+            frequencies = frequencies * growth**-exponents  # (B, 1 or L, E/2)
         angles = (positions * frequencies)[:, None]  # (B, 1, L, E/2)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -783,22 +1005,58 @@ def num_cached_tokens(inputs: dict[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def default_position_ids(attention_mask: Tensor | None, cache_position: Tensor) -> Tensor:
-    """(B or 1, L) positions, not counting padding."""
+def default_position_ids(
+    attention_mask: Tensor | None, cache_position: Tensor, documents: Segments | None = None
+) -> Tensor:
+    """(B or 1, L) positions, not counting padding, and restarting in each document of packed rows."""
+    if documents is not None:
+        return documents.positions().view(-1, len(cache_position))
     if attention_mask is None or attention_mask.ndim != 2:
         return cache_position[None]
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return positions[:, cache_position.to(positions.device)]
 
 
+def find_documents(
+    batch_shape: tuple[int, int],
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    max_length_q: int | None,
+    max_length_k: int | None,
+    is_excluded: bool,
+) -> Segments | None:
+    """The documents of packed rows (B, L): as given, or beginning where positions restart inside a row.
+
+    Raises:
+        ValueError: values that do not fit together, or documents where `is_excluded`.
+    """
+    if cu_seq_lens_q is not None and not is_excluded:
+        return Segments.of_documents(cu_seq_lens_q, batch_shape, cu_seq_lens_k, (max_length_q, max_length_k))
+    if any(x is not None for x in (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)):
+        raise ValueError("packed rows need cu_seq_lens_q, without an attention_mask, a cache or attention weights")
+    if position_ids is None or is_excluded or torch.compiler.is_compiling():  # then only the device knows positions
+        return None
+    starts = F.pad(position_ids.diff() != 1, (1, 0), value=True).expand(batch_shape)
+    if not starts[:, 1:].any():
+        return None
+    offsets = F.pad(starts.flatten(), (0, 1), value=True).nonzero().flatten()
+    return Segments.of_documents(offsets.to(torch.int32), batch_shape)
+
+
 def next_token_loss(
-    logits: Tensor, labels: Tensor, loss_weight: Tensor | None = None, num_items: int | Tensor | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    output_head: nn.Module,
+    loss_weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of each position's logits against the next position's label.
 
     Args:
-        logits: (B, L, vocabulary).
+        hidden: (B, L, D) last hidden state.
         labels: (B, L) ids, -100 for positions to ignore.
+        output_head: (..., D) -> (..., vocabulary); it runs on labelled positions only, in chunks.
         loss_weight: (B, L) weight of each label. The loss is then sum(w * ce) / sum(w) over all shifted positions; an
             ignored label adds 0 to the first sum and its weight to the second.
         num_items: divisor of the summed loss instead of the number of labels here: the number of labels in all
@@ -808,18 +1066,60 @@ def next_token_loss(
     Returns:
         The loss; 0 with zero gradients if there is no label.
     """
-    labels = labels[:, 1:].to(logits.device, torch.long)
+    labels = labels[:, 1:].to(hidden.device, torch.long)
     counted = labels != IGNORE_INDEX
-    # Only these logits become float32: the logits of a long prompt are the largest tensor.
-    losses = F.cross_entropy(logits[:, :-1][counted].float(), labels[counted], reduction="none")
+    losses = token_losses(hidden[:, :-1][counted], labels[counted], output_head)
     if loss_weight is not None:
         weight = loss_weight[:, 1:].to(losses)
-        return (losses * weight[counted]).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+        total = weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+        return (losses * weight[counted.to(weight.device)]).sum() / total
     num_items = len(losses) if num_items is None else num_items
     return losses.sum() / torch.as_tensor(num_items, device=losses.device).clamp(min=1)
 
 
+def token_losses(hidden: Tensor, labels: Tensor, output_head: nn.Module) -> Tensor:
+    """(N,) float32 cross-entropy of hidden states (N, D) against labels (N,).
+
+    No more than `LOSS_CHUNK` positions have logits at a time: the backward pass computes a chunk's logits again.
+    """
+
+    def losses_of_chunk(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = output_head(hidden).float()
+        return F.cross_entropy(logits, labels.to(logits.device), reduction="none")
+
+    if len(hidden) <= LOSS_CHUNK:
+        return losses_of_chunk(hidden, labels)
+    chunks = zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
+    return torch.cat([checkpoint(losses_of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+
+
 # -- The composed model ------------------------------------------------------------------------------------------------
+
+MIN_STATIC_CACHE = 512  # tokens
+DECODING_DEFAULTS = {"use_cache": True, "cache_implementation": None, "num_beams": 1, "prefill_chunk_size": None}
+"""Settings of `generate` with which `optimize_for_inference` applies."""
+TUNED_OPTIONS = {
+    # Tune the kernels of one-row matmuls, fuse independent kernels, start each while the one before it ends.
+    "cuda": {
+        "triton.cudagraphs": True,
+        "coordinate_descent_tuning": True,
+        "max_autotune_pointwise": True,
+        "combo_kernels": True,
+        "triton.enable_pdl": True,
+    },
+    "cpu": {"cpp_wrapper": True},  # call the kernels from C++ instead of Python
+}
+"""Options of `torch.compile` that measured fastest for decoding, by device."""
+
+
+def compile_obstacle(device: torch.device) -> str | None:
+    """Why torch cannot compile for a device (no C++ compiler, no triton, an old GPU), or None."""
+    try:
+        torch.compile(lambda x: -x, dynamic=True)(torch.zeros(2, device=device))
+    except Exception as error:  # of many types
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
 
 VISUAL_INPUTS = (*IMAGE_INPUTS, "visual_token_mask")
 """Inputs of `generate` for the prompt only, not for later steps."""
@@ -949,6 +1249,7 @@ class NaViLModel(NaViLPreTrainedModel):
 class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationMixin):
     """NaViL with its output head: `generate` and `chat`."""
 
+    decoding_settings: dict[str, Any] | None = None  # of `generate`, after `optimize_for_inference` on a GPU
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: NaViLConfig):
@@ -965,14 +1266,16 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         """As in transformers; `use_flash_attn` is the released name for an `attn_implementation`.
 
         Raises:
-            ValueError: `use_flash_attn=True` without flash-attn, or with another `attn_implementation`.
+            ValueError: `use_flash_attn=True` without flash-attn or flash-attn-4, or with another `attn_implementation`.
         """
         if load_in_8bit:  # used in the released examples; transformers 5 has dropped it
             kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
         if use_flash_attn is not None:
-            if use_flash_attn and not is_flash_attn_2_available():
-                raise ValueError("use_flash_attn=True needs an NVIDIA GPU and the package flash-attn; or leave it out")
-            implementation = "flash_attention_2" if use_flash_attn else "sdpa"
+            implementation = "flash_attention_2" if use_flash_attn and is_flash_attn_2_available() else "sdpa"
+            if use_flash_attn and implementation == "sdpa" and (obstacle := flash_attention_4_obstacle()):
+                raise ValueError(
+                    f"use_flash_attn=True needs an NVIDIA GPU and the package flash-attn or flash-attn-4: {obstacle}"
+                )
             # AutoModel moves the argument into the config.
             given = getattr(kwargs.get("config"), "_attn_implementation_internal", None)
             if kwargs.setdefault("attn_implementation", given or implementation) != implementation:
@@ -1023,6 +1326,34 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             )
         self.config.image_token_id, self.config.image_start_token_id = token_ids
 
+    def optimize_for_inference(
+        self, tune: bool = True, flash_decoding: bool = False
+    ) -> "NaViLForConditionalGeneration":
+        """Compiles the model for the device that it is on, for `generate`, `chat` and everything else; returns it.
+
+        Decoder layers apart from attention, and on an NVIDIA GPU vision blocks, become graphs that serve all layers and
+        sizes. On a GPU, decoding becomes one CUDA graph per size of a static cache, which doubles when it is too small;
+        `generate` uses it unless a call asks for another cache, beams or an assistant model. Compilation happens in the
+        first calls. Where torch cannot compile, a message says why and the model stays as it is.
+
+        Args:
+            tune: on a GPU, try several forms of each decoding kernel, which takes minutes per size of the cache.
+            flash_decoding: on a GPU, decode with FlexAttention, which splits the keys of a head over several blocks,
+                in place of attention by its definition; not measured yet.
+        """
+        if obstacle := compile_obstacle(self.device):
+            logger.warning(f"the model stays as it is, not compiled: {obstacle}")
+            return self
+        for layer in self.language_model.layers:
+            layer.is_compiled = True
+            layer.self_attn.flash_decoding = flash_decoding
+        if self.device.type == "cuda":
+            for block in self.vision_model.blocks:  # on a CPU, each number of segment runs would be a graph of its own
+                block.compile(dynamic=True)
+            options = TUNED_OPTIONS["cuda"] if tune else {"triton.cudagraphs": True}
+            self.decoding_settings = {"compile_config": CompileConfig(mode=None, options=options)}
+        return self.eval()
+
     def set_training_stage(self, stage: str) -> None:
         """Sets which parameters train (paper, section 4.2).
 
@@ -1067,6 +1398,7 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        output_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, L, vocabulary) of images and text, with `labels` also the loss.
@@ -1082,7 +1414,10 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             labels: (B, L) ids or -100. A label after an `<IMG_CONTEXT>` is ignored; in the processor's `training_batch`
                 it is -100 already, so `Trainer` normalizes by the same token count.
             loss_weight: (B, L), as in `next_token_loss`; with it, labels after `<IMG_CONTEXT>` are not ignored.
-            kwargs: `cache_position`, which transformers passes before 5.24; others are a TypeError.
+            output_logits: whether to compute logits. The default is the config's setting of this name; if that is None,
+                training steps with labels compute only the loss, in chunks of positions.
+            kwargs: of `NaViLTextModel`: `cache_position`, which transformers passes before 5.24, and packed rows'
+                `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`. Others are a TypeError.
 
         Raises:
             ValueError: different numbers of `<IMG_CONTEXT>` and visual tokens, or inputs that do not fit together.
@@ -1105,16 +1440,19 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
             output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+        hidden = outputs.last_hidden_state
+        output_logits = config.output_logits if output_logits is None else output_logits
+        logits = loss = None
+        if output_logits or output_logits is None and (labels is None or not self.training):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
         if labels is not None:
-            if logits.shape[:2] != labels.shape:
-                raise ValueError(f"labels are {tuple(labels.shape)} but logits cover {tuple(logits.shape[:2])}")
+            if hidden.shape[:2] != labels.shape:
+                raise ValueError(f"labels are {tuple(labels.shape)} but the tokens are {tuple(hidden.shape[:2])}")
             if loss_weight is None and pixel_values is not None:
                 slots = self.model.find_tokens("image_token_id", input_ids, inputs_embeds)
                 labels = labels.masked_fill(F.pad(slots[:, :-1], (1, 0)).to(labels.device), IGNORE_INDEX)
-            loss = next_token_loss(logits, labels, loss_weight, num_items_in_batch)
+            loss = next_token_loss(hidden, labels, self.lm_head, loss_weight, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1147,7 +1485,38 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
         if has_images and has_ids and kwargs.get("visual_token_mask") is None:
             # Of the prompt only: generated tokens are text, also if a forward without a cache gets them again.
             kwargs["visual_token_mask"] = self.model.get_visual_token_mask(prompt)
+        kwargs |= self._optimized_decoding(settings, kwargs)
         return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _optimized_decoding(self, generation_config: GenerationConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What `optimize_for_inference` adds to the arguments of `generate`, unless they rule out a static cache."""
+        if self.decoding_settings is None or "compile_config" in kwargs or kwargs.get("assistant_model") is not None:
+            return {}
+        given = one_cache(kwargs.get("past_key_values"), kwargs.get("cache"))
+        if given is not None:
+            return dict(self.decoding_settings) if given.is_compileable else {}
+        chosen = {name: kwargs.get(name, getattr(generation_config, name, None)) for name in DECODING_DEFAULTS}
+        is_plain = all(value is None or value == DECODING_DEFAULTS[name] for name, value in chosen.items())
+        return {**self.decoding_settings, "cache_implementation": "static"} if is_plain else {}
+
+    def _prepare_cache_for_generation(self, *args: Any) -> Any:
+        """As in transformers, but static caches grow by doubling: each size is compiled once."""
+        *others, max_length = args[:5]
+        if args[0].cache_implementation == "static":
+            max_length = self.static_cache_length(max_length)
+        return super()._prepare_cache_for_generation(*others, max_length, *args[5:])
+
+    def new_session_cache(self, num_tokens: int) -> Cache:
+        """An empty cache of one sequence for `NaViLChatSession`, for at least `num_tokens` tokens."""
+        if self.decoding_settings is None:
+            return DynamicCache()
+        settings = {"max_cache_len": self.static_cache_length(num_tokens), "device": self.device, "dtype": self.dtype}
+        return StaticCache(self.config.text_config, max_batch_size=1, **settings)
+
+    def static_cache_length(self, num_tokens: int) -> int:
+        """The size of the static cache for a number of tokens: a power of two, or the context's length."""
+        doubled = max(MIN_STATIC_CACHE, 1 << (num_tokens - 1).bit_length())
+        return max(num_tokens, min(doubled, self.config.text_config.context_length))
 
     def check_context(self, num_tokens: int, plans: Sequence[ImagePlan] = ()) -> None:
         """Raises `NaViLImageProcessor.context_error` for a prompt with more tokens than the context holds."""
@@ -1174,10 +1543,13 @@ class NaViLForConditionalGeneration(NaViLPreTrainedModel, NaViLChat, GenerationM
     ) -> dict[str, Any]:
         kwargs.pop("tokenizer", None)  # for stop strings; transformers 4.57 and later pass it to the model
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        attention_mask = kwargs.get("attention_mask")
         if "cache" in inputs:  # PEFT's prompt tuning looks for the older name
             inputs["past_key_values"] = inputs.pop("cache")
         tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         num_new, num_cached = tokens.shape[1], input_ids.shape[1] - tokens.shape[1]
+        if num_new > 1 and attention_mask is not None:  # for static caches transformers makes it (B, 1, L, keys)
+            inputs["attention_mask"] = attention_mask
         if visual_token_mask is not None:
             # Without a cache the sequence grows past the prompt's mask: generated tokens are text.
             grown = F.pad(visual_token_mask, (0, max(0, input_ids.shape[1] - visual_token_mask.shape[1])))

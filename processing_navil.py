@@ -210,8 +210,9 @@ class NaViLProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `labels` (B, L), padded on the right; labels are the ids of each answer and its end token,
-            -100 elsewhere. `attention_mask` (B, L); if packed, (B, 1, L, L) bool, block-diagonal and causal, and
-            `position_ids` (B, L) that restart at 0 in each conversation. With images, their inputs as in `__call__`.
+            -100 elsewhere. `attention_mask` (B, L); if packed, `position_ids` (B, L) instead, which restart at 0 in
+            each conversation and in a row's padding, with `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
+            `max_length_k`, as `forward` takes them. With images, their inputs as in `__call__`.
 
         Raises:
             ValueError: no example, one that does not end with an answer, an image in an answer, or a conversation of
@@ -223,11 +224,11 @@ class NaViLProcessor(ProcessorMixin):
         is_packed = row_length is not None
         rows = fill_rows(encoded, whole_number(row_length, "row_length")) if is_packed else [[one] for one in encoded]
         batch = join_rows(rows, self.tokenizer.pad_token_id)
-        sample_index = batch.pop("sample_index")
         if is_packed:
-            return BatchFeature({**batch, "attention_mask": block_diagonal_mask(sample_index)})
-        del batch["position_ids"]
-        return BatchFeature({**batch, "attention_mask": (sample_index >= 0).long()})
+            return BatchFeature({**batch, **document_inputs(rows)})
+        length = batch["input_ids"].shape[1]
+        attention_mask = [torch.arange(length) < len(one.input_ids) for [one] in rows]
+        return BatchFeature({**batch, "attention_mask": torch.stack(attention_mask).long()})
 
     def encode_conversation(
         self, example: "dict[str, Any] | Conversation", allow_control_tokens: bool = False, **image_settings: Any
@@ -326,45 +327,54 @@ class Conversation(NamedTuple):
 
 
 def fill_rows(conversations: Sequence[Conversation], row_length: int) -> list[list[Conversation]]:
-    """Packs conversations into rows of at most `row_length` tokens, each into the first row with enough room."""
-    rows: list[list[Conversation]] = []
-    for conversation in conversations:
-        length = len(conversation.input_ids)
-        if length > row_length:
-            raise ValueError(f"a conversation has {length} tokens but row_length is {row_length}")
-        with_room = [row for row in rows if sum(len(other.input_ids) for other in row) + length <= row_length]
-        if with_room:
-            with_room[0].append(conversation)
-        else:
-            rows.append([conversation])
-    return rows
+    """Packs conversations into rows of at most `row_length` tokens: best fit, the longest first."""
+    lengths = [len(one.input_ids) for one in conversations]
+    if max(lengths) > row_length:
+        raise ValueError(f"a conversation has {max(lengths)} tokens but row_length is {row_length}")
+    rows: list[list[int]] = []
+    rooms: list[int] = []  # tokens that still fit into each row
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        fitting = [row for row, room in enumerate(rooms) if room >= lengths[index]]
+        if not fitting:
+            rows.append([])
+            rooms.append(row_length)
+        row = min(fitting, key=rooms.__getitem__, default=-1)
+        rows[row].append(index)
+        rooms[row] -= lengths[index]
+    return [[conversations[index] for index in sorted(row)] for row in rows]
 
 
 def join_rows(rows: Sequence[Sequence[Conversation]], pad_token_id: int) -> dict[str, Tensor]:
     """Concatenates each row's conversations and pads the rows on the right.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` and `sample_index` (the conversation in its row, -1 for padding), (B, L)
-        each, and the images' inputs.
+        `input_ids` and `labels`, (B, L) each, and the images' inputs.
     """
 
     def pad(parts: Sequence[Sequence[Tensor]], value: int) -> Tensor:
         return pad_sequence([torch.cat(list(row)) for row in parts], batch_first=True, padding_value=value)
 
-    lengths = [[len(one.input_ids) for one in row] for row in rows]
     batch = {
         "input_ids": pad([[one.input_ids for one in row] for row in rows], pad_token_id),
         "labels": pad([[one.labels for one in row] for row in rows], IGNORE_INDEX),
-        "position_ids": pad([[torch.arange(length) for length in row] for row in lengths], 0),
-        "sample_index": pad([[torch.full((n,), i) for i, n in enumerate(row)] for row in lengths], -1),
     }
     images = [conversation.images for row in rows for conversation in row if conversation.images]
     return batch | {name: torch.cat([features[name] for features in images]) for name in (images[0] if images else ())}
 
 
-def block_diagonal_mask(sample_index: Tensor) -> Tensor:
-    """(B, L) sample of each token -> (B, 1, L, L) bool: causal, and only inside a sample."""
-    return (sample_index[:, None, :, None] == sample_index[:, None, None, :]).tril()
+def document_inputs(rows: Sequence[Sequence[Conversation]]) -> dict[str, Tensor | int]:
+    """`position_ids` (B, L), `cu_seq_lens_q`, `max_length_q` and the like, for rows as `join_rows` pads them.
+
+    A row's padding is a document of its own.
+    """
+    lengths = [[len(one.input_ids) for one in row] for row in rows]
+    longest = max(map(sum, lengths))
+    documents = [[*row, *([longest - sum(row)] if sum(row) < longest else ())] for row in lengths]
+    flat = [length for row in documents for length in row]
+    offsets = torch.tensor([0, *accumulate(flat)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in flat]).view(len(rows), longest)
+    both = {"cu_seq_lens": offsets, "max_length": max(flat)}
+    return {"position_ids": positions, **{f"{name}_{part}": x for name, x in both.items() for part in "qk"}}
 
 
 NaViLProcessor.register_for_auto_class()

@@ -2,7 +2,7 @@
 
     Sample -> chat template, ids, labels of answers and visual tokens -> several samples per row -> batch
 
-Packed samples do not attend to each other: rows have a block-diagonal causal mask, and positions restart at 0.
+Packed samples do not attend to each other: rows have the offsets of their samples, and positions restart at 0.
 """
 
 import random
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
-from navil.processing_navil import IGNORE_INDEX, Conversation, NaViLProcessor, block_diagonal_mask, join_rows
+from navil.processing_navil import IGNORE_INDEX, Conversation, NaViLProcessor, document_inputs, join_rows
 from navil.tokenization_navil import IMAGE_START_TOKEN, IMAGE_TOKEN
 
 from .crops import crop_sample
@@ -96,11 +96,11 @@ def pack(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, Tensor]:
     Returns:
         `input_ids`, `labels`, `position_ids`, `dense_labels` (B, L); `regression_targets` (B, L, NUM_TARGETS);
         `loss_weight` (B, L), 1 / sqrt(length of the answer), so that neither long nor short answers dominate, and the
-        dense weights; `attention_mask` (B, 1, L, L) bool, block-diagonal and causal; the inputs of the images, if any;
+        dense weights; `cu_seq_lens_q` and the like, as in `document_inputs`; the inputs of the images, if any;
         `task_index` (answers,), the task of each answer.
     """
-    batch = join_rows([[sample.conversation for sample in row] for row in rows], pad_id)
-    batch["attention_mask"] = block_diagonal_mask(batch.pop("sample_index"))
+    conversations = [[sample.conversation for sample in row] for row in rows]
+    batch = join_rows(conversations, pad_id) | document_inputs(conversations)
     batch["dense_labels"] = _pad([[sample.dense_labels for sample in row] for row in rows], IGNORE_INDEX)
     batch["regression_targets"] = _pad([[sample.regression_targets for sample in row] for row in rows], torch.nan)
     batch["loss_weight"] = _pad([[sample.dense_weight for sample in row] for row in rows], 0.0)
@@ -120,7 +120,7 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
     """Arguments of `forward` for a packed batch, with `labels` of answers and visual tokens."""
     inputs = {name: x for name, x in batch.items() if name not in ("task_index", "dense_labels", "regression_targets")}
     labels = torch.where(batch["dense_labels"] < 0, batch["labels"], batch["dense_labels"])
-    return inputs | {"labels": labels, "use_cache": False}
+    return inputs | {"labels": labels, "output_logits": True}
 
 
 # ------------------------------------------------------------------------------------------------------- rounded sizes
