@@ -50,6 +50,7 @@ def small_config() -> NaViLConfig:
 
 
 SIZES: dict[str, Callable[[], NaViLConfig]] = {
+    "tiny": partial(NaViLConfig.from_pretrained, ROOT / "tiny"),
     "small": small_config,
     "2b": NaViLConfig.navil_2b,
     "9b": NaViLConfig.navil_9b,

@@ -1,5 +1,9 @@
 """`optimize_for_inference`: the same answers, on compiled parts and static caches."""
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 from conftest import recorded_image, relative_error
@@ -104,3 +108,72 @@ def test_chat_and_sessions_give_the_same_answers_on_static_caches(decodes_static
     monkeypatch.setattr(type(model), "decoding_settings", None)
     dynamic = answers(DynamicCache)
     assert static[0] == dynamic[0] and (num_new > 1 or static[1] == dynamic[1])
+
+
+# -- flash-attn-4 ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flash_attention_4(monkeypatch):
+    """A stand-in for the package, whose functions return more results than torch unpacks; none is left registered."""
+    interface = ModuleType("flash_attn.cute.interface")
+    interface._flash_attn_fwd = lambda *args, **kwargs: ("output", "logsumexp", "more", "and more")
+    interface._flash_attn_bwd = lambda *args, **kwargs: ("dq", "dk", "dv", "more")
+    for name in ("flash_attn", "flash_attn.cute"):
+        package = ModuleType(name)
+        package.__spec__, package.__path__ = ModuleSpec(name, None, is_package=True), []
+        monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    modeling.flash_attention_4_obstacle.cache_clear()
+    yield interface
+    modeling.flash_attention_4_obstacle.cache_clear()
+    torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+    sys.modules.pop("navil_flash_attention_4", None)
+
+
+def test_flash_attention_4_gives_torch_as_many_results_as_it_unpacks(flash_attention_4):
+    modeling.register_flash_attention_4()
+    assert torch.nn.attention.current_flash_attention_impl() == "navil_flash_attention_4"
+    adapter = sys.modules["navil_flash_attention_4"]
+    assert adapter._flash_attn_fwd() == ("output", "logsumexp") and adapter._flash_attn_bwd() == ("dq", "dk", "dv")
+
+
+def test_a_flash_attention_4_that_does_not_fit_is_refused_with_a_sentence(flash_attention_4, monkeypatch, caplog):
+    """Here the trial on the GPU fails, as there is none."""
+    monkeypatch.setattr(modeling.logger, "propagate", True)
+    obstacle = modeling.flash_attention_4_obstacle()
+    assert obstacle.startswith(f"the installed flash-attn-4 does not fit torch {torch.__version__}")
+    assert "attention runs on torch's kernels" in caplog.text
+    assert torch.nn.attention.current_flash_attention_impl() is None
+    with pytest.raises(ValueError, match="flash-attn or flash-attn-4: the installed flash-attn-4 does not fit"):
+        modeling.NaViLForConditionalGeneration.from_pretrained("tiny", use_flash_attn=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "message"),
+    [((8, 0), True, "needs a Hopper or Blackwell GPU"), ((9, 0), False, "is not installed")],
+)
+def test_flash_attention_4_stays_off_elsewhere(flash_attention_4, monkeypatch, capability, installed, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    if not installed:
+        monkeypatch.setattr(modeling, "find_spec", lambda name: None)
+    assert message in modeling.flash_attention_4_obstacle()
+    assert torch.nn.attention.current_flash_attention_impl() is None
+
+
+# -- flash decoding ----------------------------------------------------------------------------------------------------
+
+
+def test_flash_decoding_equals_attention_by_its_definition():
+    """For grouped heads, rows with padding, and a cache with empty places."""
+    module = SimpleNamespace(num_key_value_groups=3, training=False, flash_decoding=True)
+    query, (key, value) = torch.randn(2, 6, 1, 16), torch.randn(2, 2, 2, 40, 16)
+    mask = modeling.additive_mask(torch.rand(2, 1, 1, 40) < 0.7, torch.float32)
+    arguments = {"scaling": 0.25, "dropout": 0.0}
+    decode = torch.compile(modeling.decoder_attention_one_query, fullgraph=True)
+    for one_mask in (mask, mask[:1], None):
+        expected, _ = modeling.decoder_attention_eager(module, query, key, value, one_mask, **arguments)
+        with torch.no_grad():
+            assert relative_error(decode(module, query, key, value, one_mask, **arguments)[0], expected) < 1e-5
