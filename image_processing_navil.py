@@ -453,14 +453,15 @@ def to_device(image: Image.Image, device: torch.device) -> Tensor:
 def output_device(device: Any, return_tensors: str | None) -> torch.device:
     """`device`, None being the CPU; a ValueError for one that this torch lacks or that `return_tensors` rules out."""
     try:
-        device = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be one that torch can use here, got {device!r}: {error!s:.200}") from error
-    if device.type == "meta" or device.type != "cpu" and return_tensors != "pt":
-        needs = "must hold data" if device.type == "meta" else "other than the CPU needs return_tensors='pt'"
-        raise ValueError(f"a device {needs}, got device={str(device)!r} and return_tensors={return_tensors!r}")
-    return device
+        found = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=found)
+    except (AssertionError, ImportError, RuntimeError, TypeError) as error:
+        raise ValueError(f"this torch cannot use device={device!r}: {error!s:.200}") from error
+    if found.type == "meta":
+        raise ValueError("device must hold data, got 'meta'")
+    if found.type != "cpu" and return_tensors != "pt":
+        raise ValueError(f"device={device!r} needs return_tensors='pt', got {return_tensors!r}")
+    return found
 
 
 def patchify(pixels: Any, patch: int, merge: int) -> Any:
