@@ -258,7 +258,7 @@ class NaViLChat:
         earlier = self._plans_of(earlier_images) if earlier_images else []
         input_ids = self.encode_chat(tokenizer, [*history, (question, None)], [*earlier, *plans], **template)
         if plans and not images:
-            packed = self.image_processor.pack(plans, return_tensors="pt")
+            packed = self.image_processor.pack(plans, return_tensors="pt", device=self.device)
             images = {name: tensor.to(self.device) for name, tensor in packed.items()}
         return question, input_ids, join_images([earlier_images, images])
 

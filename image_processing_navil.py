@@ -4,7 +4,8 @@
           -> pack: decode, resize, pad to whole merged cells, split into patches, normalize
           -> pixel_values (patches, 3 * p * p), image_grid_thw (scales, 3), smallest scale first
 
-Order of the patches of a scale: row-major over merged cells, row-major inside a cell.
+Order of the patches of a scale: row-major over merged cells, row-major inside a cell. `NaViLImageProcessor` resizes by
+Pillow, as the released code does; `NaViLImageProcessorFast` by torch (docs/performance.md).
 """
 
 import base64
@@ -14,8 +15,8 @@ import string
 import struct
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,15 +27,23 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import numpy as np
+import PIL
+import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from transformers import AutoImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 MAX_ASPECT_RATIO = 200
 DOWNLOAD_TIMEOUT = 30  # seconds
+PILLOW_VERSION = int(PIL.__version__.split(".")[0])
+STRIP_HEIGHT = 32  # pixels
+STRIP_AREA = 2**18  # pixels; a smaller image is not cut into strips
 DRAFT_MARGIN = 2  # a JPEG decoded at reduced size has sides at least this many times the largest scale's
-NORMALIZE_CHUNK = 64  # patches; temporary arrays then fit into the CPU's cache
 
+Size = tuple[int, int]  # height and width in pixels
 Source = Image.Image | str | bytes  # a decoded image, or the path or bytes of an image file
 IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "num_scales")
 IMAGE_KEYS = ("image", "bytes", "base64", "url", "image_url", "path")
@@ -376,24 +385,144 @@ def unpadded_sizes(height: int, width: int, cell: int) -> list[tuple[int, int]]:
     return [(min(h, MAX_ASPECT_RATIO * w), min(w, MAX_ASPECT_RATIO * h)) for h, w in sizes]
 
 
-def patchify(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
+def resize_exactly(image: Image.Image, size: Size) -> Image.Image:
+    """An image resized to (height, width) by Pillow's bicubic filter."""
+    height, width = size
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def size_between_passes(old: Size, new: Size) -> Size:
+    """The size after the first of the two passes in which Pillow resizes, rounding after each.
+
+    The width changes first; since Pillow 13 the height, if it loses more than twice as many pixels.
+    """
+    is_height_first = PILLOW_VERSION >= 13 and old[0] > new[0] and old[0] - new[0] > 2 * (old[1] - new[1])
+    return (new[0], old[1]) if is_height_first else (old[0], new[1])
+
+
+def resize_by_torch(pixels: Tensor, size: Size) -> Tensor:
+    """(1, 3, H, W), uint8 or whole float32 numbers, to (height, width, 3) uint8, almost as by `resize_exactly`."""
+    steps = [size_between_passes(pixels.shape[2:], size), size]
+    is_uint8 = pixels.dtype == torch.uint8
+    if is_uint8 and steps[0][1] == size[1]:  # torch's uint8 kernel makes both passes, the width first
+        del steps[0]
+    for step in steps:
+        if pixels.shape[2:] != step:
+            pixels = F.interpolate(pixels, size=step, mode="bicubic", antialias=True)
+            pixels = pixels if is_uint8 else pixels.round_().clamp_(0, 255)
+    return pixels[0].permute(1, 2, 0).to(torch.uint8)
+
+
+def in_threads(pool: Executor, resize: Callable[[Size], Any], sizes: Sequence[Size]) -> Iterator[tuple[Size, Any]]:
+    """Each size and what it was resized to, as completed. Pillow and torch release the GIL while they resize."""
+    futures = {pool.submit(resize, size): size for size in sizes}
+    return ((futures[future], future.result()) for future in as_completed(futures))
+
+
+def strips(pixels: Image.Image | np.ndarray, height: int, width: int) -> Iterator[np.ndarray]:
+    """An image cut into (height, width, 3) uint8 from top to bottom, black beyond its edges.
+
+    A strip is valid until the next one: like this, temporary memory stays in the CPU's cache.
+    """
+    if isinstance(pixels, Image.Image):
+        for top in range(0, pixels.height, height):
+            yield np.asarray(pixels.crop((0, top, width, top + height)))
+        return
+    strip = np.zeros((height, width, 3), np.uint8)
+    for top in range(0, len(pixels), height):
+        rows = pixels[top : top + height]
+        strip[: len(rows), : rows.shape[1]] = rows
+        strip[len(rows) :] = 0
+        yield strip
+
+
+def to_device(image: Image.Image, device: torch.device) -> Tensor:
+    """An image as (H, W, 3) uint8 on a device. The CPU goes on while a GPU copies."""
+    shape = (image.height, image.width, 3)
+    if device.type == "cuda":
+        pixels = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=True)
+    else:
+        pixels = torch.from_numpy(np.empty(shape, np.uint8))  # NumPy asks for huge pages, torch does not
+    rows = pixels.numpy()
+    for number, strip in enumerate(strips(image, STRIP_HEIGHT, image.width)):
+        part = rows[number * STRIP_HEIGHT : (number + 1) * STRIP_HEIGHT]
+        part[...] = strip[: len(part)]
+    return pixels.to(device, non_blocking=True)
+
+
+def output_device(device: Any, return_tensors: str | None) -> torch.device:
+    """`device`, None being the CPU; a ValueError for one that this torch lacks or that `return_tensors` rules out."""
+    try:
+        found = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=found)
+    except (AssertionError, ImportError, RuntimeError, TypeError) as error:
+        raise ValueError(f"this torch cannot use device={device!r}: {error!s:.200}") from error
+    if found.type == "meta":
+        raise ValueError("device must hold data, got 'meta'")
+    if found.type != "cpu" and return_tensors != "pt":
+        raise ValueError(f"device={device!r} needs return_tensors='pt', got {return_tensors!r}")
+    return found
+
+
+def patchify(pixels: Any, patch: int, merge: int) -> Any:
     """(H, W, C), sides multiples of `patch * merge` pixels -> (patches, C * patch * patch), merge groups together."""
     height, width, channels = pixels.shape
     cell = patch * merge
     split = pixels.reshape(height // cell, merge, patch, width // cell, merge, patch, channels)
-    return split.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels * patch * patch)
+    order = (0, 3, 1, 4, 6, 2, 5)
+    split = split.permute(order) if isinstance(split, Tensor) else split.transpose(order)
+    return split.reshape(-1, channels * patch * patch)
 
 
 @lru_cache(maxsize=16)
-def normalization_table(mean: float, std: float, in_pairs: bool) -> np.ndarray:
-    """Lookup table for rescaling and normalizing: (256,) float32, or (65536,) complex64 for pairs of pixels.
+def normalization_table(means: tuple[float, ...], stds: tuple[float, ...], in_pairs: bool = False) -> np.ndarray:
+    """Lookup tables for rescaling and normalizing, one behind the other: (256,) float32 per channel.
 
-    Pairs are twice as fast: two bytes are read as one uint16, two float32 numbers are written as one complex64.
+    Or (65536,) complex64 for pairs of pixels, which are twice as fast: two bytes are read as one uint16, two float32
+    numbers are written as one complex64.
     """
-    single = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(mean)) / np.float32(std)
-    if not in_pairs:
-        return single
-    return single[np.arange(65536, dtype=np.uint16).view(np.uint8)].view(np.complex64)
+    levels = (np.arange(256) * (1 / 255)).astype(np.float32)
+    tables = [(levels - np.float32(mean)) / np.float32(std) for mean, std in zip(means, stds, strict=True)]
+    if in_pairs:
+        pairs = np.arange(65536, dtype=np.uint16).view(np.uint8)
+        tables = [table[pairs].view(np.complex64) for table in tables]
+    return np.concatenate(tables)
+
+
+def normalize_array(patches: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
+    """Looks `patches` (N, 3 * p * p) uint8 up in a `normalization_table` and writes the float32 numbers into `out`."""
+    values = patches.reshape(len(patches), 3, -1)
+    values = values if table.dtype == np.float32 else values.view(np.uint16)
+    index = np.add(values, len(table) // 3 * np.arange(3)[:, None], dtype=np.intp)
+    np.take(table, index, out=out.view(table.dtype).reshape(index.shape), mode="clip")  # without a bounds check
+
+
+def normalize_tensor(patches: Tensor, table: np.ndarray, out: Tensor) -> None:
+    """As `normalize_array`, on any device; `table` is not in pairs."""
+    index = patches.int().view(len(patches), 3, -1)
+    index += len(table) // 3 * torch.arange(3, dtype=torch.int32, device=out.device)[:, None]
+    torch.index_select(torch.from_numpy(table).to(out.device), 0, index.flatten(), out=out.view(-1))
+
+
+def asks_for_fast(given: Mapping[str, Any], saved: Mapping[str, Any]) -> bool | None:
+    """Whether `use_fast` or `backend`, transformers 5's name for it, ask for the fast image processor; None if neither.
+
+    They are in the keywords `given` to `from_pretrained` of a class. `AutoImageProcessor.from_pretrained` keeps them
+    from the classes of a model folder, so they are looked up in its frame. It may also take the class from
+    `config.json` instead of `saved`, the image processor's own settings, which then decide.
+    """
+    code, frame = AutoImageProcessor.from_pretrained.__func__.__code__, sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    of_auto_class = {} if frame is None else frame.f_locals
+    backend = given.get("backend") or of_auto_class.get("backend_kwarg")
+    if backend not in (None, "torchvision", "pil"):
+        raise ValueError(f"backend must be torchvision (the fast image processor) or pil, got {backend!r}")
+    use_fast = given.get("use_fast", of_auto_class.get("use_fast"))
+    if backend is not None or use_fast is not None:
+        return backend == "torchvision" if backend is not None else bool(use_fast)
+    saved_class = (saved.get("auto_map") or {}).get("AutoImageProcessor")
+    return None if frame is None or saved_class is None else saved_class.endswith("Fast")
 
 
 class NaViLImageProcessor(BaseImageProcessor):
@@ -456,9 +585,16 @@ class NaViLImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but the constructor also checks the settings among the keywords."""
+        """As in transformers, but the constructor also checks the settings among the keywords.
+
+        `use_fast` or `backend` choose the class, see `asks_for_fast`.
+        """
+        is_fast = asks_for_fast(kwargs, image_processor_dict)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("use_fast", "backend")}
         names = [name for name in kwargs if name in SETTINGS or name in TRAINED_SWITCHES]
-        return super().from_dict(image_processor_dict | {name: kwargs.pop(name) for name in names}, **kwargs)
+        settings = image_processor_dict | {name: kwargs.pop(name) for name in names}
+        chosen = {None: cls, True: NaViLImageProcessorFast, False: NaViLImageProcessor}[is_fast]
+        return super(NaViLImageProcessor, chosen).from_dict(settings, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, without `image_processor_type`, about which transformers 4 warns at each load."""
@@ -474,9 +610,11 @@ class NaViLImageProcessor(BaseImageProcessor):
         """Side of a merged cell, in pixels."""
         return self.patch_size * self.merge_size
 
-    def preprocess(self, images: Any, return_tensors: str | None = None, **settings: Any) -> BatchFeature:
-        """Plans and packs images: arguments and errors as in `plan`, result as in `pack`."""
-        return self.pack(self.plan(images, **settings), return_tensors)
+    def preprocess(
+        self, images: Any, return_tensors: str | None = None, device: Any = None, **settings: Any
+    ) -> BatchFeature:
+        """Plans and packs images: `images` and `settings` as in `plan`, the rest and the result as in `pack`."""
+        return self.pack(self.plan(images, **settings), return_tensors, device)
 
     def plan(
         self,
@@ -572,7 +710,7 @@ class NaViLImageProcessor(BaseImageProcessor):
         num_fitting = bisect_right(limits, max_tokens, key=count_tokens)
         return limits[num_fitting - 1] if num_fitting else None
 
-    def pack(self, plans: Sequence[ImagePlan], return_tensors: str | None = None) -> BatchFeature:
+    def pack(self, plans: Sequence[ImagePlan], return_tensors: str | None = None, device: Any = None) -> BatchFeature:
         """Decodes planned images and splits them into patches.
 
         Images are decoded one at a time, at full size (a JPEG file far above the budget at a fraction of it). All later
@@ -580,27 +718,37 @@ class NaViLImageProcessor(BaseImageProcessor):
 
         Args:
             return_tensors: `"pt"` for tensors, `"np"` or None for NumPy arrays.
+            device: of `pixel_values`. Bytes are copied there and normalized there, to the same numbers as on the CPU.
 
         Returns:
             `pixel_values` (patches, 3 * p * p) float32; `image_grid_thw` (scales, 3), frames, rows and columns of each
             scale in patches, images in the given order and the smallest scale of each first; `num_scales` (images,).
 
         Raises:
-            ValueError: a damaged image.
+            ValueError: a damaged image, a device that torch cannot use, or one other than the CPU for NumPy arrays.
         """
+        device = output_device(device, return_tensors)
         scales = [scale for plan in plans for scale in plan.scales]
         grids = np.array([[1, *(self.merge_size * math.ceil(side / self.cell) for side in scale)] for scale in scales])
-        num_patches = grids.prod(1)
-        packed = np.empty((num_patches.sum(), 3 * self.patch_size**2), dtype=np.float32)
-        parts = iter(np.split(packed, num_patches.cumsum()[:-1]))
-        with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it resizes
+        num_patches = grids.prod(1).tolist()
+        shape = (sum(num_patches), 3 * self.patch_size**2)
+        if device.type == "cpu":
+            packed = torch.from_numpy(np.empty(shape, np.float32))
+        else:
+            packed = torch.empty(shape, dtype=torch.float32, device=device)
+        parts = iter(packed.split(num_patches))
+        with ThreadPoolExecutor() as pool:
             for plan in plans:
                 with named_in_errors(plan.image):
                     image = decode_image(plan.source, plan.max_pixels)
-                own_parts = [next(parts) for _ in plan.scales]
-                # The largest scale takes longest and starts first; `list` raises the threads' errors.
-                list(pool.map(partial(self._write_patches, image), plan.scales[::-1], own_parts[::-1]))
+                own_parts = dict(zip(plan.scales, parts, strict=False))
+                # The largest scale takes longest and starts first.
+                for size, pixels in self._resize_scales(image, plan.scales[::-1], device, pool):
+                    if isinstance(pixels, Image.Image) and device.type != "cpu":
+                        pixels = to_device(pixels, device)
+                    self._write_patches(pixels, size, own_parts[size])
         num_scales = np.array([len(plan.scales) for plan in plans])
+        packed = packed if return_tensors == "pt" else packed.numpy()
         features = {"pixel_values": packed, "image_grid_thw": grids, "num_scales": num_scales}
         return BatchFeature(features, tensor_type=return_tensors)
 
@@ -612,23 +760,43 @@ class NaViLImageProcessor(BaseImageProcessor):
             max_pixels = max(self.max_pixels, number(min_pixels))
         return min_pixels, max_pixels
 
-    def _write_patches(self, image: Image.Image, size: tuple[int, int], patches: np.ndarray) -> None:
-        """Writes one scale, resized to `size` (height, width) and padded, into `patches` (patches, 3 * p * p)."""
-        height, width = size
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixels = np.pad(np.asarray(image), ((0, -height % self.cell), (0, -width % self.cell), (0, 0)))
-        area = self.patch_size**2
-        channels = patchify(pixels, self.patch_size, self.merge_size).reshape(-1, 3, area)
-        in_pairs = area % 2 == 0
-        channels = channels.view(np.uint16) if in_pairs else channels
-        normalized = patches.reshape(-1, 3, area)
-        tables = [normalization_table(*stats, in_pairs) for stats in zip(self.image_mean, self.image_std, strict=True)]
-        for start in range(0, len(channels), NORMALIZE_CHUNK):
-            chunk = slice(start, start + NORMALIZE_CHUNK)
-            for channel, table in enumerate(tables):
-                values = table.take(channels[chunk, channel], mode="clip")  # "clip" skips the bounds check
-                normalized[chunk, channel] = values.view(np.float32)
+    def _resize_scales(
+        self, image: Image.Image, sizes: Sequence[Size], device: torch.device, pool: Executor
+    ) -> Iterable[tuple[Size, Image.Image | np.ndarray | Tensor]]:
+        """Each of `sizes` and the image resized to it, (height, width, 3) uint8, in any order."""
+        return in_threads(pool, partial(resize_exactly, image), sizes)
+
+    def _write_patches(self, pixels: Image.Image | np.ndarray | Tensor, size: Size, patches: Tensor) -> None:
+        """Pads one scale of (height, width) `size` to whole cells and normalizes it into `patches` (N, 3 * p * p)."""
+        height, width = (math.ceil(side / self.cell) * self.cell for side in size)
+        split = partial(patchify, patch=self.patch_size, merge=self.merge_size)
+        means, stds = tuple(self.image_mean), tuple(self.image_std)
+        if isinstance(pixels, Tensor):
+            padded = F.pad(pixels, (0, 0, 0, width - size[1], 0, height - size[0]))
+            normalize_tensor(split(padded), normalization_table(means, stds), patches)
+            return
+        table = normalization_table(means, stds, in_pairs=self.patch_size % 2 == 0)
+        step = height if height * width <= STRIP_AREA else self.cell
+        outs = np.split(patches.numpy(), height // step)
+        for strip, out in zip(strips(pixels, step, width), outs, strict=True):
+            normalize_array(split(strip), table, out)
+
+
+class NaViLImageProcessorFast(NaViLImageProcessor):
+    """A `NaViLImageProcessor` that resizes by torch, on the CPU or the device of the call (docs/performance.md).
+
+    `from_pretrained(path, use_fast=True, trust_remote_code=True)` of `AutoImageProcessor` and `AutoProcessor` load it.
+    Plans, and so the numbers of tokens, are the same; levels differ by a few at most.
+    """
+
+    def _resize_scales(
+        self, image: Image.Image, sizes: Sequence[Size], device: torch.device, pool: Executor
+    ) -> Iterable[tuple[Size, Image.Image | np.ndarray | Tensor]]:
+        pixels = to_device(image, device).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last in memory
+        if device.type == "cpu":  # torch's uint8 kernel is several times as fast as its float32 kernel
+            return in_threads(pool, lambda size: resize_by_torch(pixels, size).numpy(), sizes)
+        floats = pixels.float().contiguous()
+        return ((size, resize_by_torch(floats, size)) for size in sizes)  # in this thread: on its CUDA stream
 
 
 NaViLImageProcessor.register_for_auto_class()

@@ -6,7 +6,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -103,8 +102,8 @@ class NaViLProcessor(ProcessorMixin):
             text: a prompt or a list of prompts.
             audio, videos: not supported, must be None.
             allow_control_tokens: accept prompts that contain slot tokens already.
-            kwargs: settings of `NaViLImageProcessor.plan` and of the tokenizer (`padding`, `return_tensors`, ...), flat
-                or in `images_kwargs` and `text_kwargs`.
+            kwargs: settings of `NaViLImageProcessor.plan`, its `device` and settings of the tokenizer (`padding`,
+                `return_tensors`, ...), flat or in `images_kwargs` and `text_kwargs`.
 
         Returns:
             `input_ids` and `attention_mask` (B, L); with images also `pixel_values`, `image_grid_thw` and `num_scales`
@@ -122,20 +121,27 @@ class NaViLProcessor(ProcessorMixin):
         image_settings, text_settings, others = split_settings(kwargs)
         check_keywords(others, (), KNOWN_SETTINGS)
         images = _images_in_order(images, texts)
-        texts, features = self._fill_slots(texts, images, image_settings, allow_control_tokens)
         return_tensors = text_settings.pop("return_tensors", None)
+        texts, features = self._fill_slots(texts, images, image_settings, allow_control_tokens, return_tensors)
         encoded = self._tokenize(texts, **text_settings)
         return BatchFeature({**encoded, **features}, tensor_type=return_tensors)
 
     def _fill_slots(
-        self, texts: Sequence[str], images: list[Any], settings: dict[str, Any], allow_control_tokens: bool
-    ) -> tuple[list[str], dict[str, np.ndarray]]:
+        self,
+        texts: Sequence[str],
+        images: list[Any],
+        settings: dict[str, Any],
+        allow_control_tokens: bool,
+        return_tensors: str | None,
+    ) -> tuple[list[str], dict[str, Any]]:
         """The texts with a slot for each image, and the images' inputs."""
         check_keywords(settings, IMAGE_SETTINGS, KNOWN_SETTINGS)
-        plans = self.image_processor.plan(images, **{"multi_scale": self.multi_scale, **settings}) if images else []
+        settings = {"multi_scale": self.multi_scale, **settings}
+        device = settings.pop("device", None)
+        plans = self.image_processor.plan(images, **settings) if images else []
         scales = [plan.scales for plan in plans]
         texts = expand_image_slots(texts, scales, self.image_processor.cell, allow_control_tokens)
-        return texts, dict(self.image_processor.pack(plans)) if plans else {}
+        return texts, dict(self.image_processor.pack(plans, return_tensors, device)) if plans else {}
 
     def _tokenize(self, texts: Sequence[str], **options: Any) -> BatchEncoding:
         bos_token = self.tokenizer.bos_token  # the chat template writes it itself
@@ -206,7 +212,7 @@ class NaViLProcessor(ProcessorMixin):
             row_length: None gives each conversation its own row. A number (set with `functools.partial`) packs several
                 into a row of at most this many tokens; they do not attend to each other.
             allow_control_tokens: accept special tokens in texts, such as tokens added for training.
-            image_settings: settings of the image processor, as in `__call__`.
+            image_settings: settings of the image processor and its `device`, as in `__call__`.
 
         Returns:
             `input_ids` and `labels` (B, L), padded on the right; labels are the ids of each answer and its end token,
@@ -243,7 +249,7 @@ class NaViLProcessor(ProcessorMixin):
             )
         [messages] = list_conversations(example["messages"])
         texts = self._split_at_answers(hide_placeholders(messages), allow_control_tokens)
-        texts, features = self._fill_slots(texts, _images_of(messages), image_settings, allow_control_tokens)
+        texts, images = self._fill_slots(texts, _images_of(messages), image_settings, allow_control_tokens, "pt")
         ends = list(accumulate(map(len, texts)))
         answers = list(zip(ends[::2], ends[1::2], strict=True))  # (start, end) of each answer, in characters
         encoding = self._tokenize(["".join(texts)], return_offsets_mapping=True)
@@ -252,7 +258,6 @@ class NaViLProcessor(ProcessorMixin):
             token_id if any(start <= left < right <= end for start, end in answers) else IGNORE_INDEX
             for token_id, (left, right) in zip(input_ids, offsets, strict=True)
         ]
-        images = {name: torch.from_numpy(array) for name, array in features.items()}
         return Conversation(torch.tensor(input_ids), torch.tensor(labels), images)
 
     def _split_at_answers(self, messages: Sequence[dict[str, Any]], allow_control_tokens: bool) -> list[str]:
