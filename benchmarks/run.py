@@ -216,6 +216,8 @@ def prefill_rows(benchmark: Benchmark, options: argparse.Namespace) -> Iterator[
 
 def decode_rows(benchmark: Benchmark, options: argparse.Namespace) -> Iterator[Row]:
     models = {"navil": benchmark.build(text_only(benchmark.config))}
+    for layer in models["navil"].language_model.layers:
+        layer.self_attn.flash_decoding = options.flash_decoding
     if not options.skip_baseline:
         llm = baselines.plain_llm(benchmark.config.text_config, benchmark.device, benchmark.dtype)
         models["Qwen3ForCausalLM"] = llm
@@ -333,6 +335,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="compile encoder, prefill, and decoding on static caches; the last is always compiled on a GPU",
     )
     parser.add_argument("--tune", action="store_true", help="compile decoding with tuned options (minutes on a GPU)")
+    parser.add_argument("--flash-decoding", action="store_true", help="compiled decoding with FlexAttention's kernel")
     parser.add_argument("--skip-baseline", action="store_true", help="decode without Qwen3, which is tuned as long")
     parser.add_argument("--output", type=Path, help="also write OUTPUT.json and OUTPUT.md")
     return parser

@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from navil import ROOT
 from navil.configuration_navil import NaViLConfig
 from navil.image_processing_navil import NaViLImageProcessor
-from navil.modeling_navil import NaViLForConditionalGeneration
+from navil.modeling_navil import TUNED_OPTIONS, NaViLForConditionalGeneration
 
 Size = tuple[int, int]
 """Width and height of an image in pixels."""
@@ -137,19 +137,6 @@ def photo(size: Size) -> Image.Image:
 
 # -- Compiled forms ----------------------------------------------------------------------------------------------------
 
-# On a GPU: tune the kernels of one-row matmuls, fuse independent kernels, and start each kernel while the one before it
-# ends. On a CPU: call the kernels from C++ instead of Python.
-TUNED_OPTIONS = {
-    "cuda": {
-        "triton.cudagraphs": True,
-        "coordinate_descent_tuning": True,
-        "max_autotune_pointwise": True,
-        "combo_kernels": True,
-        "triton.enable_pdl": True,
-    },
-    "cpu": {"cpp_wrapper": True},
-}
-
 
 def compile_decoder(model: nn.Module, tuned: bool) -> nn.Module:
     settings = {"options": TUNED_OPTIONS[model.device.type]} if tuned else {"mode": "reduce-overhead"}
@@ -163,8 +150,9 @@ def compile_encoder(model: NaViLForConditionalGeneration) -> None:
 
 
 def compile_prefill(model: NaViLForConditionalGeneration) -> None:
-    """One graph of all layers; compiled one by one, each layer would be a graph of its own, for its cache index."""
-    model.language_model.compile(dynamic=True)
+    """Two graphs for all layers and lengths, as in `optimize_for_inference`."""
+    for layer in model.language_model.layers:
+        layer.is_compiled = True
 
 
 not_compiled = partial(torch.compiler.set_stance, "force_eager")

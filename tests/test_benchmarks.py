@@ -8,7 +8,7 @@ import torch
 from conftest import relative_error
 from safetensors.torch import load_file
 
-from benchmarks import baselines, conversion, memory, profiling, roofline, run, workloads
+from benchmarks import baselines, conversion, first_token, memory, profiling, roofline, run, training, workloads
 from navil.configuration_navil import NaViLConfig
 from navil.image_processing_navil import NaViLImageProcessor
 from navil.modeling_navil import NaViLForConditionalGeneration
@@ -167,3 +167,33 @@ def test_random_checkpoint_is_in_the_released_layout(monkeypatch, tmp_path):
     assert json.loads((folder / "config.json").read_text()) == layout["config"]
     with pytest.raises(FileExistsError):
         conversion.write_random_checkpoint("2b", folder)
+
+
+def test_a_training_step_on_packed_rows_is_measured(tiny_benchmark, monkeypatch, capsys):
+    """Both parts; memory is measured in this process here."""
+    monkeypatch.setattr(training, "in_fresh_process", lambda measure, *arguments: measure(*arguments))
+    assert training.main(["--size", "small", "--lengths", "64", "--rounds", "1"]) == 0
+    assert training.main(["--size", "small", "--part", "step", "--lengths", "512", "--rounds", "1"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 64 |", "| 512 |"))]
+    assert len(rows) == 2 and all("nan" not in row for row in rows)
+
+
+def test_flops_of_a_training_row_are_those_of_its_documents():
+    setup = workloads.Setup(tiny_config(), CPU, torch.float32)
+    setup.config.image_token_id, setup.config.image_start_token_id = 1, 2
+    inputs, flops = training.mixed_row(setup, 512)
+    grids, text = inputs["image_grid_thw"].tolist(), setup.config.text_config
+    assert inputs["cu_seq_lens_q"].tolist() == list(range(0, 513, 64)) and len(grids) == 8
+    num_labels = int((inputs["labels"] >= 0).sum())
+    forward = roofline.vision_flops(setup.config, grids) + 8 * roofline.prefill_flops(text, 64, num_labels / 8)
+    assert flops == 3 * forward
+
+
+def test_the_way_to_the_first_token_is_timed_stage_by_stage(tiny_benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(first_token, "PHOTO_SIZES", ((64, 48),))
+    assert first_token.main(["--size", "small", "--rounds", "1"]) == 0
+    batch = ["--part", "throughput", "--batches", "2", "--new-tokens", "2", "--rounds", "1"]
+    assert first_token.main(["--size", "small", *batch]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("| 64x48 |")]) == len(first_token.VARIANTS)
+    assert lines[-1].startswith("| 2 | as loaded |")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import recorded_image, relative_error
+from test_finetuning import example
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModel, StaticCache
 from transformers.utils import is_flash_attn_2_available
@@ -43,14 +44,51 @@ def test_chat_on_cuda(recording, on_cuda):
     assert next(on_cuda.parameters()).is_cuda
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("lengths", [[64] * 5, [16, 16, 256, 100, 4]])
-def test_varlen_agrees_with_sdpa(lengths):
+def test_varlen_agrees_with_sdpa(lengths, is_causal):
+    """Forward and backward; with flash-attn-4's kernels where it is installed."""
     segments = Segments.of_lengths(lengths, torch.device("cuda"))
-    query, key, value = torch.randn(3, sum(lengths), 4, 64, device="cuda", dtype=torch.bfloat16)
-    expected = segment_attention_sdpa(query, key, value, segments, 0.125)
-    assert relative_error(segment_attention_varlen(query, key, value, segments, 0.125), expected) < 0.02
-    if is_flash_attn_2_available():
-        assert relative_error(segment_attention_flash(query, key, value, segments, 0.125), expected) < 0.02
+    tensors = torch.randn(3, sum(lengths), 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def output_and_gradient(attend) -> list[torch.Tensor]:
+        output = attend(*tensors, segments, 0.125, is_causal)
+        return [output, *torch.autograd.grad(output.float().square().sum(), tensors)]
+
+    expected = output_and_gradient(segment_attention_sdpa)
+    for attend in (segment_attention_varlen, segment_attention_flash)[: 1 + is_flash_attn_2_available()]:
+        for actual, reference in zip(output_and_gradient(attend), expected, strict=True):
+            assert relative_error(actual, reference) < 0.02
+
+
+def test_packed_rows_have_the_loss_of_rows_of_their_own(recording, on_cuda):
+    examples = [example(("Hi", "a wave")), example(("What is it?", "b"), images=(recorded_image(64, 48, 0),))]
+    packed = recording.processor.training_batch(examples, row_length=500).to("cuda")
+    alone = recording.processor.training_batch(examples).to("cuda")
+    with torch.no_grad():
+        assert on_cuda(**packed).loss.item() == pytest.approx(on_cuda(**alone).loss.item(), rel=0.02)
+
+
+def test_patches_normalized_on_the_gpu_are_those_of_the_cpu(recording):
+    images = [recorded_image(200, 130, 0), recorded_image(31, 700, 1)]
+    on_cpu = recording.processor.image_processor(images, multi_scale=True, return_tensors="pt")
+    on_gpu = recording.processor.image_processor(images, multi_scale=True, return_tensors="pt", device="cuda")
+    assert torch.equal(on_gpu["pixel_values"].cpu(), on_cpu["pixel_values"])
+
+
+@pytest.mark.parametrize("flash_decoding", [False, True])
+def test_an_optimized_model_gives_the_same_answers(recording, on_cuda, flash_decoding):
+    image, settings = recorded_image(200, 130, 0), {"max_new_tokens": 6, "output_logits": True}
+    inputs = recording.processor(text="<image>\nWhat is it?", images=image, return_tensors="pt").to("cuda")
+    arguments = {**inputs, **settings, "do_sample": False, "return_dict_in_generate": True}
+    expected = on_cuda.generate(**arguments).logits[0]
+    torch._dynamo.reset()
+    on_cuda.optimize_for_inference(tune=False, flash_decoding=flash_decoding)
+    for _ in range(2):
+        output = on_cuda.generate(**arguments)
+        assert relative_error(output.logits[0].cpu(), expected.cpu()) < BFLOAT16_ERROR
+    session = on_cuda.chat_session(recording.tokenizer, {"max_new_tokens": 6})
+    assert isinstance(session.ask("What is it?", image), str) and isinstance(session.ask("Why?"), str)
 
 
 def test_sdpa_means_the_varlen_kernel_in_half_precision():
