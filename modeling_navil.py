@@ -670,18 +670,20 @@ class CausalMask:
                 "attn_implementation='sdpa' takes both"
             )
 
-    def __call__(self, key_length: int, device: torch.device) -> Tensor | None:
+    def __call__(self, key_length: int, num_places: int, device: torch.device) -> Tensor | None:
+        """For the first `key_length` of the `num_places` keys that the cache has room for."""
         if key_length != self._key_length:
-            self._built, self._key_length = self._build(key_length), key_length
+            self._built, self._key_length = self._build(key_length, num_places), key_length
         return None if self._built is None else self._built.to(device)
 
-    def _build(self, key_length: int) -> Tensor | None:
+    def _build(self, key_length: int, num_places: int) -> Tensor | None:
         mask = self.attention_mask
         if mask is not None and mask.ndim == 4:
             mask = mask[..., :key_length]
             return additive_mask(mask, self.dtype) if mask.dtype == torch.bool else mask
-        if mask is not None and mask.shape[1] > key_length:
-            raise ValueError(f"attention_mask covers {mask.shape[1]} keys but there are {key_length}")
+        if mask is not None and mask.shape[1] > num_places:
+            raise ValueError(f"attention_mask covers {mask.shape[1]} keys but there are {num_places}")
+        mask = None if mask is None else mask[:, :key_length]
         has_padding = mask is not None and (torch.compiler.is_compiling() or not bool(mask.all()))
         if self.implementation == "flash_attention_2":
             return mask if has_padding else None
@@ -789,8 +791,10 @@ class NaViLAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: CausalMask, cache: Cache | None
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `project`'s queries, (B, L, H*E), and its weights if the implementation gives them."""
+        num_places = key.shape[-2]
         if cache is not None:
             cached = cache.update(key, value, self.layer_idx, {"cache_position": mask.cache_position})
+            num_places = cached[0].shape[-2]
             if mask.past_length != 0:  # an empty static cache returns its empty places too
                 key, value = cached
         if mask.documents is not None:
@@ -802,7 +806,7 @@ class NaViLAttention(nn.Module):
         else:
             attend = ALL_ATTENTION_FUNCTIONS[mask.implementation]
         dropout = self.config.attention_dropout if self.training else 0.0
-        built_mask = mask(key.shape[-2], query.device) if mask.documents is None else mask.documents
+        built_mask = mask.documents or mask(key.shape[-2], num_places, query.device)
         with sdpa_kernels(query, dropout):
             output, weights = attend(self, query, key, value, built_mask, scaling=self.scaling, dropout=dropout)
         return output.flatten(2), weights

@@ -120,13 +120,13 @@ def test_window_and_raster_order_hold_the_same_tokens(variant):
 # -- one path against another ------------------------------------------------------------------------------------------
 def test_the_vision_encoder_refuses_an_attention_that_it_lacks():
     model = with_implementation(build(), "flex")
-    with pytest.raises(ValueError, match="vision encoder's attention is one of .*'sdpa'.* got 'flex'"):
+    with pytest.raises(ValueError, match="vision encoder, or of packed rows, is one of .*'sdpa'.* got 'flex'"):
         model.get_image_features(torch.zeros(4, 768), torch.tensor([[1, 2, 2]]))
 
 
 @pytest.mark.parametrize(("mask", "past_length"), [(torch.ones(1, 1, 3, 3, dtype=torch.bool), 0), (None, None)])
 def test_flash_attention_refuses_dense_masks_and_static_caches(mask, past_length):
-    with pytest.raises(ValueError, match="neither a .* mask, as of packed rows, nor a static cache"):
+    with pytest.raises(ValueError, match="neither a .* mask nor a static cache"):
         modeling.CausalMask(mask, torch.arange(3), past_length, "flash_attention_2", torch.float32)
 
 
@@ -280,7 +280,7 @@ BAD_INPUTS = [
     ("got (1, 20, 20)", lambda model: model(ONES, attention_mask=torch.ones(1, 20, 20))),
     ("covers 3 keys but there are at least 20", lambda model: model(ONES, attention_mask=torch.ones(1, 3))),
     ("covers 30 keys but there are 20", lambda model: model(ONES, attention_mask=torch.ones(1, 30))),
-    ("labels are (1, 20) but logits cover (1, 1)", lambda model: model(ONES, labels=ONES, logits_to_keep=1)),
+    ("labels are (1, 5) but the tokens are (1, 20)", lambda model: model(ONES, labels=ONES[:, :5])),
 ]
 
 
