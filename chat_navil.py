@@ -80,6 +80,7 @@ class NaViLChatSession:
         self.history: list[tuple[str, str]] = []
         self.images: ImageInputs = {}
         self.num_prefilled = 0
+        self._capacity = 0  # tokens, of a static cache
         self._reset_cache()
 
     def ask(self, question: str, images: Any = None, streamer: BaseStreamer | None = None) -> str:
@@ -127,9 +128,10 @@ class NaViLChatSession:
             num_shared = 0  # dynamic NTK: the rotation of every key depends on the length
         num_tokens = input_ids.shape[1] + num_new
         is_static = self._cache is not None and not isinstance(self._cache, DynamicCache)
-        if is_static and (num_shared < len(cached) or num_tokens > self._cache.get_max_cache_shape()):
+        if is_static and (num_shared < len(cached) or num_tokens > self._capacity):
             num_shared = 0
         if num_shared == 0:
+            self._capacity = self.model.static_cache_length(num_tokens)
             return self.model.new_session_cache(num_tokens), 0
         if num_shared < len(cached):
             self._cache.crop(num_shared - len(cached))  # negative: tokens to remove
