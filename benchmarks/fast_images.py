@@ -9,6 +9,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from io import BytesIO
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def opened(picture: Image.Image | bytes) -> Image.Image:
 # -- Levels ------------------------------------------------------------------------------------------------------------
 
 
-def test_pictures(count: int = 40) -> dict[str, list[np.ndarray]]:
+def sample_pictures(count: int = 40) -> dict[str, list[np.ndarray]]:
     """(H, W, 3) uint8 arrays by kind; sizes from 1 to 1500 pixels, every fourth one with a side ratio up to 200."""
     rng = np.random.default_rng(0)
     sides = rng.integers(1, 1500, (count, 2))
@@ -90,7 +91,7 @@ def levels(options: argparse.Namespace) -> Iterator[str]:
     processor = NaViLImageProcessor(min_pixels=64 * 64, max_pixels=1024 * 1024, multi_scale=True)
     yield TABLE.format("pictures", "resized as", "largest difference", "mean difference")
     yield "|---|---|---|---|"
-    for kind, pictures in test_pictures().items():
+    for kind, pictures in sample_pictures().items():
         for dtype in (torch.uint8, torch.float32):
             largest, total, count = 0, 0, 0
             for picture in pictures:
@@ -116,7 +117,8 @@ def logits(options: argparse.Namespace) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name in BACKBONES:
         with tempfile.TemporaryDirectory() as folder:
-            recording = Recording(name, Path(folder, name))
+            with redirect_stdout(sys.stderr):  # the converter's report
+                recording = Recording(name, Path(folder, name))
             fast = NaViLImageProcessorFast.from_pretrained(recording.folder)
         for case in recording.cases:
             if images := recording.images(case):
