@@ -3,12 +3,24 @@
 import json
 import mmap
 
+import numpy as np
 import pytest
 import torch
 from conftest import relative_error
 from safetensors.torch import load_file
 
-from benchmarks import baselines, conversion, first_token, memory, profiling, roofline, run, training, workloads
+from benchmarks import (
+    baselines,
+    conversion,
+    fast_images,
+    first_token,
+    memory,
+    profiling,
+    roofline,
+    run,
+    training,
+    workloads,
+)
 from navil.configuration_navil import NaViLConfig
 from navil.image_processing_navil import NaViLImageProcessor
 from navil.modeling_navil import NaViLForConditionalGeneration
@@ -119,6 +131,18 @@ def test_memory_is_measured_above_what_was_held(tiny_benchmark):
     assert memory.Peak(CPU).mib() < 8
     minimum, peak = memory.measure_vision(workloads.Setup(tiny_config(), CPU, torch.float32), 8, dense=False)
     assert minimum == 64 * (768 + 32 + 2 * 48) * 4 / memory.MIB and peak > 0
+
+
+def test_the_fast_image_processor_is_compared(monkeypatch, capsys):
+    picture = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    monkeypatch.setattr(fast_images, "PHOTO_SIZES", ((64, 48),))
+    monkeypatch.setattr(fast_images, "TASKS", ("scene",))
+    monkeypatch.setattr(fast_images, "sample_pictures", lambda: {"noise": [picture]})
+    assert fast_images.main(["--rounds", "1", "--count", "1"]) == 0
+    tables = [table.splitlines() for table in capsys.readouterr().out.strip().split("\n\n")]
+    assert [len(table) for table in tables] == [4, 4, 8, 4]
+    assert [line.split(" | ")[1] for line in tables[1][2:]] == ["uint8", "float32"]
+    assert [line.split(" | ")[0] for line in tables[3][2:]] == ["| exact", "| fast"]
 
 
 def test_profiles_count_kernels_and_host_syncs():
