@@ -7,8 +7,7 @@ python examples/receipts.py score runs/receipts/test.json --model . --subfolder 
 import argparse
 import json
 import random
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,9 @@ OWNER_LETTERS = ("BDFGHKLMNPRST", "aeiou", "lmnrst", "aeiou", "klnrx")
 TRADES = "Bakery Books Cafe Deli Farm Foods Grill Market Pantry Shop Store Toys"
 GOODS = "Bagel Beans Brie Broth Cider Cocoa Dates Figs Gum Honey Kefir Kale Leek Mints Oats Pears Plums Rolls Stew Tofu"
 
-Questions = dict[str, str]
+
+def money(cents: int) -> str:
+    return f"{cents / 100:.2f}"
 
 
 class Receipt(NamedTuple):
@@ -50,18 +51,14 @@ def make_receipt(rng: random.Random) -> Receipt:
     return Receipt(shop, day, {item: rng.randint(50, 1999) for item in goods})
 
 
-def ask(receipt: Receipt) -> Questions:
-    """Questions and their answers."""
+def ask(receipt: Receipt) -> dict[str, str]:
+    """dict[str, str] and their answers."""
     return {
         "What is the name of the shop?": receipt.shop,
         "What is the date?": receipt.day.isoformat(),
         "How many items were bought?": str(len(receipt.prices)),
         "What is the total?": money(receipt.total),
     }
-
-
-def money(cents: int) -> str:
-    return f"{cents / 100:.2f}"
 
 
 def draw(receipt: Receipt, rng: random.Random) -> Image.Image:
@@ -86,13 +83,16 @@ def draw(receipt: Receipt, rng: random.Random) -> Image.Image:
     return image
 
 
-def conversation(image: str, questions: Questions) -> dict[str, Any]:
-    """A record of LLaVA's format."""
-    turns = []
-    for question, answer in questions.items():
-        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
-    return {"image": image, "conversations": turns}
+def write_receipt(file: Path, rng: random.Random) -> dict[str, Any]:
+    """Draws a receipt; returns its record in LLaVA's format, with the questions in any order."""
+    receipt = make_receipt(rng)
+    draw(receipt, rng).save(file)
+    questions = list(ask(receipt).items())
+    rng.shuffle(questions)
+    turns = [turn for asked in questions for turn in zip(("human", "gpt"), asked, strict=True)]
+    conversations = [{"from": speaker, "value": text} for speaker, text in turns]
+    conversations[0]["value"] = f"<image>\n{conversations[0]['value']}"
+    return {"image": file.name, "conversations": conversations}
 
 
 def write_receipts(folder: Path, counts: dict[str, int], seed: int) -> None:
@@ -100,31 +100,20 @@ def write_receipts(folder: Path, counts: dict[str, int], seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for name, count in counts.items():
-        records = []
-        for number in range(count):
-            receipt, file = make_receipt(rng), f"{name}-{number:04}.png"
-            draw(receipt, rng).save(folder / file)
-            questions = list(ask(receipt).items())
-            rng.shuffle(questions)
-            records.append(conversation(file, dict(questions)))
+        records = [write_receipt(folder / f"{name}-{number:04}.png", rng) for number in range(count)]
         (folder / f"{name}.json").write_text(json.dumps(records, indent=1))
-
-
-def read_questions(file: Path) -> Iterator[tuple[Path, Questions]]:
-    """The picture of each record, and its questions with their answers."""
-    for record in json.loads(file.read_text()):
-        texts = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
-        yield file.parent / record["image"], dict(zip(texts[::2], texts[1::2], strict=True))
 
 
 def score(model: PreTrainedModel, tokenizer: Any, file: Path) -> dict[str, list[bool]]:
     """Whether each answer is exactly right, by question. A receipt's questions are asked in one conversation."""
     results: dict[str, list[bool]] = {}
-    for image, questions in read_questions(file):
-        session = model.chat_session(tokenizer, dict(max_new_tokens=16))
-        for number, (question, expected) in enumerate(questions.items()):
-            answer = session.ask(question, image if number == 0 else None)
-            results.setdefault(question, []).append(answer == expected)
+    for record in json.loads(file.read_text()):
+        session, image = model.chat_session(tokenizer, dict(max_new_tokens=16)), file.parent / record["image"]
+        texts = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
+        for question, expected in zip(texts[::2], texts[1::2], strict=True):
+            right = session.ask(question, image) == expected
+            results.setdefault(question, []).append(right)
+            image = None
     return results
 
 
@@ -135,32 +124,25 @@ def print_table(results: dict[str, list[bool]]) -> None:
         print(f"| {question} | {sum(answers)} of {len(answers)} |")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     drawing = commands.add_parser("draw", help="write train.json, test.json and their pictures")
     drawing.add_argument("folder", type=Path, metavar="DIR")
-    drawing.add_argument("--train", type=int, default=300, metavar="N", help="receipts to train on (%(default)s)")
-    drawing.add_argument("--test", type=int, default=100, metavar="N", help="receipts to score (%(default)s)")
-    drawing.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    scoring = commands.add_parser("score", help="print the share of right answers")
+    for name, count in {"train": 300, "test": 100, "seed": 0}.items():
+        drawing.add_argument(f"--{name}", type=int, default=count, metavar="N", help="default: %(default)s")
+    scoring = commands.add_parser("score", help="print the number of right answers")
     scoring.add_argument("file", type=Path, metavar="FILE", help="test.json")
-    scoring.add_argument("--model", required=True, metavar="DIR", help="model folder or name on the Hub")
-    scoring.add_argument("--subfolder", default="", metavar="NAME", help="folder of the weights in it, if not itself")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+    scoring.add_argument("--model", required=True, metavar="DIR")
+    scoring.add_argument("--subfolder", default="", metavar="NAME")
+    options = parser.parse_args(arguments)
     if options.command == "draw":
         write_receipts(options.folder, {"train": options.train, "test": options.test}, options.seed)
-        return 0
+        return
     source = {"pretrained_model_name_or_path": options.model, "subfolder": options.subfolder, "trust_remote_code": True}
-    print_table(
-        score(AutoModel.from_pretrained(**source).eval(), AutoTokenizer.from_pretrained(**source), options.file)
-    )
-    return 0
+    model, tokenizer = AutoModel.from_pretrained(**source).eval(), AutoTokenizer.from_pretrained(**source)
+    print_table(score(model, tokenizer, options.file))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

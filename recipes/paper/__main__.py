@@ -4,8 +4,8 @@
     python -m recipes.paper s1.2 --model runs/paper-s11 --data 'better/{0000..1999}.tar' --output runs/paper-s12
     python -m recipes.paper s2 --model runs/paper-s12 --data instructions.json --output runs/paper-s2
 
-Any flag of transformers' TrainingArguments may follow, such as `--save_steps 500` or `--learning_rate 1e-4`. Run it again
-to resume from the last checkpoint. Several devices: `accelerate launch -m recipes.paper ...`.
+Any flag of transformers' TrainingArguments may follow, such as `--gradient_checkpointing true`. Run it again to resume
+from the last checkpoint. Several devices: `accelerate launch -m recipes.paper ...`.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from accelerate import PartialState
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from examples.finetune import close_process_group
 from training import Source, StreamOptions, TrainingLoader, attach_loader
 from training.check import count_tokens
 from training.loader import add_data_arguments
@@ -33,8 +34,9 @@ MEASURED_RECORDS = 256
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.allow_abbrev = False  # flags of TrainingArguments
+    parser = argparse.ArgumentParser(
+        "recipes.paper", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("stage", choices=STAGE_FILES, help="what trains, and the settings in recipes/paper/STAGE.yaml")
     parser.add_argument("--model", required=True, metavar="DIR", help="from-llm's for s1.1, then the stage before")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
@@ -149,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    close_process_group()
     return 0
 
 
