@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -17,9 +18,9 @@ from . import __main__ as paper
 
 COLORS = ("red", "blue")
 QUESTION = "What color is it?"
-SETTINGS = ("--global-batch", "2", "--row-length", "512", "--max-patches", "256")
+SETTINGS = ("--global-batch", "1", "--row-length", "512", "--max-patches", "256")
 FASTER = ("--learning_rate", "3e-3", "--warmup_steps", "2", "--bf16", "false", "--logging_steps", "1")
-STEPS = {"s1.1": 10, "s1.2": 10, "s2": 30}
+STEPS = {"s1.1": 10, "s1.2": 10, "s2": 60}
 
 
 def write_llm(folder: Path) -> None:
@@ -40,6 +41,7 @@ def write_llm(folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
