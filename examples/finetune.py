@@ -277,10 +277,9 @@ def print_answers(
 ) -> None:
     """Questions, expected answers, and those before and after training."""
     for example, first, second in zip(examples, before, after, strict=True):
+        expected = expected_answer(example, trainer.processor)
         print(f"\n{text_of(example['messages'][-2])}")
-        print(
-            f"    expected  {expected_answer(example, trainer.processor)}\n    before    {first}\n    after     {second}"
-        )
+        print(f"    expected  {expected}\n    before    {first}\n    after     {second}")
     counts = [sum(map(trainer.is_right, examples, answers)) for answers in (before, after)]
     print(f"\nright answers: {counts[0]} of {len(examples)} before, {counts[1]} of {len(examples)} after")
 
