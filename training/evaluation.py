@@ -85,8 +85,8 @@ def check_example(encode: Callable[[dict[str, Any]], Any], example: dict[str, An
     return Checked(encode(example).input_ids, example)
 
 
-def only_examples(checked: Sequence[Checked]) -> list[dict[str, Any]]:
-    return [one.example for one in checked]
+def only_examples(checked: Sequence[Checked]) -> dict[str, list[dict[str, Any]]]:
+    return {"examples": [one.example for one in checked]}
 
 
 def checked_examples(
@@ -105,7 +105,7 @@ def checked_examples(
     options = StreamOptions(max_tokens=max_tokens, shuffle=False, epochs=1)
     check = partial(check_example, encode)
     loader = TrainingLoader(unweighted, check, only_examples, options, rank=0, world_size=1, **bad_records)
-    examples = [example for batch in loader for example in batch]
+    examples = [example for batch in loader for example in batch["examples"]]
     if not examples:
         raise DataError(f"no good record in {', '.join(source.path for source in sources)}")
     return examples
