@@ -4,6 +4,8 @@ accelerate uses DDP on a CPU even if asked for FSDP, so models are wrapped with 
 """
 
 import gc
+import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,20 @@ def torchrun(script: str, *arguments: Any) -> None:
         [*command, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, timeout=600
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
+
+
+def start_two(script: str, *arguments: Any) -> list[subprocess.Popen]:
+    """Starts a script of this repository as two processes without a launcher, so that a test can kill them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return [
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, **quiet)
+        for rank in "01"
+    ]
 
 
 def decoder_and_vision_blocks(model: nn.Module) -> list[nn.Module]:

@@ -26,11 +26,9 @@ def test_the_device_is_the_best_there_is(monkeypatch, tmp_path, available):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available == "cuda")
     dtype = torch.float32 if available == "cpu" else torch.bfloat16
     assert demo.best_device() == (available, dtype)
-    monkeypatch.setattr(finetune, "TrainingArguments", lambda **settings: settings)
     monkeypatch.setattr(finetune, "PartialState", lambda cpu: types.SimpleNamespace(num_processes=1))
-    options = finetune.build_parser().parse_args(["--model", "m", "--output", str(tmp_path)])
-    settings = finetune.training_arguments(options)
-    assert (settings["use_cpu"], settings["bf16"]) == (available == "cpu", available == "cuda")
+    options = finetune.settle(finetune.build_parser().parse_args(["--model", "m", "--output", str(tmp_path)]))
+    assert (options.use_cpu, options.bf16) == (available == "cpu", available == "cuda")
 
 
 def test_demo_streams_an_answer(recordings, tmp_path, capsys):

@@ -4,18 +4,26 @@ import json
 import re
 import shutil
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, conversation, load_model, recorded_image, relative_error
-from distributed_worker import STRATEGIES, fit, losses, torchrun, train_on_stream
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from conftest import ROOT, conversation, load_model, recorded_image, refused, relative_error
+from distributed_worker import STRATEGIES, fit, losses, start_two, torchrun, train_on_stream
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
+import convert_checkpoint
 from examples import finetune
 from navil import CODE_FILES
-from training import Source, read_examples
+from training import DataError, FineTuner, Source, read_examples
+from training.evaluation import checked_examples, expected_answer, generate_answers, is_correct, split_sources
+from training.parts import PARTS, add_adapters, freeze, part_of, read_rates
+from training.trainer import last_checkpoint
 
 IGNORED = -100
 
@@ -47,6 +55,12 @@ def read_log(folder) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [(row["loss"], row["grad_norm"]) for row in history if "loss" in row]
+
+
+def read_evaluations(folder) -> list[tuple[int, float]]:
+    """Step and accuracy of each evaluation."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [(row["step"], row["eval_accuracy"]) for row in history if "eval_accuracy" in row]
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
@@ -212,24 +226,156 @@ def conversations(tmp_path):
     return path
 
 
-def test_example_teaches_its_answers(recordings, conversations, tmp_path):
+def test_example_teaches_its_answers(recordings, conversations, tmp_path, capsys):
+    """It ends with the best checkpoint, not the last, in a folder that `verify` accepts."""
     recording = recordings["qwen3"]
     output = tmp_path / "out"
     options = ["--model", str(recording.folder), "--data", str(conversations), "--output", str(output)]
     conversations.write_text("\n".join(conversations.read_text().splitlines()[:2]))
-    settings = ["--steps", "16", "--learning-rate", "0.01", "--row-length", "2000"]
-    assert finetune.main([*options, *settings, "--checkpointing"]) == 0
-    losses = [loss for loss, _ in read_log(output)]
-    assert len(losses) == 16 and losses[-1] < 0.3 * losses[0]
+    settings = ["--steps", "40", "--learning-rate", "0.01", "--row-length", "2000", "--lr_scheduler_type", "constant"]
+    evaluation = ["--eval-data", str(conversations), "--eval-steps", "8", "--early-stop", "1", "--answer-tokens", "48"]
+    assert finetune.main([*options, *settings, *evaluation, "--checkpointing"]) == 0
+    losses, evaluations = [loss for loss, _ in read_log(output)], read_evaluations(output)
+    assert 16 <= len(losses) < 40 and losses[-1] < 0.3 * losses[0]
+    best = max(accuracy for _, accuracy in evaluations)
+    step = next(step for step, accuracy in evaluations if accuracy == best)
+    assert best == 1 and len(losses) == step + 8  # one more evaluation, no better
+    kept, saved = (load_file(folder / "model.safetensors") for folder in (output / f"checkpoint-{step}", output))
+    last = load_file(output / f"checkpoint-{len(losses)}" / "model.safetensors")
+    assert all(torch.equal(kept[name], saved[name]) for name in saved)
+    assert any(not torch.equal(last[name], saved[name]) for name in saved)
+    assert "right answers: 0 of 2 before, 2 of 2 after" in capsys.readouterr().out
+
+    assert convert_checkpoint.main(["verify", str(output)]) == 0
     model = load_model(output)
     assert model.chat(recording.tokenizer, recorded_image(64, 64, 0), "What is it?", {"max_new_tokens": 8}) == "a wave"
-    assert finetune.main([*options, "--row-length", "4"]) == 1
+    assert finetune.main(options) == 1
+    assert "is of an earlier run: --resume_from_checkpoint" in capsys.readouterr().err
+    assert finetune.main([*options, "--resume_from_checkpoint", "--row-length", "4"]) == 1
 
 
+def test_tiny_does_not_know_what_the_example_teaches(tiny):
+    examples = read_examples([Source(str(finetune.EXAMPLE_DATA))])
+    answers = generate_answers(tiny.model, tiny.processor, examples, 8, 16)
+    assert len(examples) == 8 and not any(
+        is_correct(answer, expected_answer(one, tiny.processor)) for one, answer in zip(examples, answers, strict=True)
+    )
+
+
+def settled(*words: str):
+    return finetune.settle(finetune.build_parser().parse_args(["--model", "m", "--output", "o", *words]))
+
+
+def test_every_argument_of_trainer_is_an_option():
+    args = finetune.training_arguments(settled("--weight_decay", "0.1", "--report-to", "tensorboard", "--fp16", "true"))
+    assert (args.weight_decay, args.report_to, args.max_steps) == (0.1, ["tensorboard"], finetune.DEFAULT_STEPS)
+    assert args.output_dir == "o" and args.save_strategy == "no" and args.eval_strategy == "no"
+    args = finetune.training_arguments(settled("--num_train_epochs", "2", "--save_steps", "7", "--batch-size", "3"))
+    assert (args.max_steps, args.num_train_epochs, args.save_strategy, args.save_steps) == (-1, 2, "steps", 7)
+    assert args.per_device_train_batch_size == 3 and not args.load_best_model_at_end
+    args = finetune.training_arguments(settled("--eval-fraction", "0.1", "--eval_strategy", "epoch"))
+    assert args.eval_strategy == args.save_strategy == "epoch" and args.load_best_model_at_end
+    assert args.metric_for_best_model == "accuracy" and args.greater_is_better
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dora"], "need --lora"),
+        (["--eval-steps", "5"], "--eval-steps needs --eval-data or --eval-fraction"),
+        (["--early-stop", "2"], "--early-stop needs --eval-data or --eval-fraction"),
+        (["--eval-data", "a.json", "--eval-fraction", "0.1"], "exclude each other"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(words, message):
+    with refused(message):
+        settled(*words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="QLoRA runs here")
+def test_qlora_without_a_gpu_says_what_it_needs(recording, tmp_path, capsys):
+    options = ["--model", str(recording.folder), "--output", str(tmp_path), "--lora", "both", "--qlora"]
+    assert finetune.main(options) == 1 and "QLoRA needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+# -- learning rates and frozen parameters ------------------------------------------------------------------------------
+def test_parts_have_their_learning_rates(recording, tmp_path):
+    model = load_model(recording.folder)
+    freeze(model, [r"layers\.0\.", "embed_tokens"])
+    rates = read_rates(["vision=1e-5", "connector=1e-4", "visual=0"])
+    args = TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=0.5, weight_decay=0.1, report_to=[])
+    trainer = FineTuner(recording.processor, rates, model=model, args=args)
+    trainer.create_optimizer_and_scheduler(10)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {
+        names[parameter]: (group["initial_lr"], group["weight_decay"])
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert found.keys() == {name for name in names.values() if "layers.0." not in name and "embed_tokens" not in name}
+    assert {name: rate for name, (rate, _) in found.items()} == {
+        name: {**dict.fromkeys(PARTS, 0.5), **rates}[part_of(name)] for name in found
+    }
+    assert found["model.connector.fc1.weight"] == (1e-4, 0.1) and found["model.connector.fc1.bias"] == (1e-4, 0)
+
+
+def test_bad_rates_and_patterns_are_refused(recording, tmp_path):
+    for word in ("vision", "vision=fast", "vision=-1", "head=1e-4"):
+        with refused(f"got '{word}'"):
+            read_rates([word])
+    model = load_model(recording.folder)
+    for pattern, message in (("attention_7", "no parameter's name has"), ("(", "not a regular"), ("", "is frozen")):
+        with refused(message):
+            freeze(model, [pattern])
+    model.set_training_stage("s1.1")
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with refused("no parameter of text trains"):
+        FineTuner(recording.processor, {"text": 0.1}, model=model, args=args).create_optimizer()
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("answer", "expected", "exact", "relaxed"),
+    [
+        ("A  Wave ", "a wave", True, True),
+        ("104", "100", False, True),
+        ("1,040", "1000", False, True),
+        ("106", "100", False, False),
+        ("42%", "42", False, True),
+        ("0.1", "0", False, False),
+        ("-5", "5", False, False),
+        ("nan", "5", False, False),
+        ("", "5", False, False),
+    ],
+)
+def test_answers_count_by_exact_match_or_relaxed_accuracy(answer, expected, exact, relaxed):
+    assert (is_correct(answer, expected), is_correct(answer, expected, 0.05)) == (exact, relaxed)
+
+
+def test_a_held_out_fraction_and_the_rest_are_all_records(recording, conversations):
+    encode = recording.processor.encode_conversation
+    training, held_out = split_sources([Source(str(conversations))], 0.25, seed=0)
+    parts = [checked_examples(sources, encode, 2000) for sources in (training, held_out)]
+    questions = [[text for one in part if (text := str(one["messages"]))] for part in parts]
+    everything = [str(one["messages"]) for one in read_examples([Source(str(conversations))])]
+    assert [len(part) for part in parts] == [6, 2] and sorted(questions[0] + questions[1]) == sorted(everything)
+    with pytest.raises(DataError, match="a fraction of 0.01 of the 8 records"):
+        checked_examples(split_sources([Source(str(conversations))], 0.01, 0)[1], encode, 2000)
+
+
+def test_bad_records_of_an_evaluation_are_found_before_training(recording, conversations):
+    encode = recording.processor.encode_conversation
+    conversations.write_text(conversations.read_text() + '\n{"messages": []}')
+    with pytest.raises(DataError, match="data.jsonl:9"):
+        checked_examples([Source(str(conversations))], encode, 2000)
+    assert len(checked_examples([Source(str(conversations))], encode, 2000, on_error="skip")) == 8
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
 def test_lora_without_peft_says_what_to_install(monkeypatch, recording):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="pip install peft"):
-        finetune.add_lora(load_model(recording.folder), "both", 4)
+        add_adapters(load_model(recording.folder), "both", 4)
 
 
 @pytest.mark.parametrize("experts", finetune.LORA_TARGETS)
@@ -292,13 +438,50 @@ def test_ddp_fsdp_and_streaming_give_the_losses_of_one_process(recordings, conve
         train_on_stream(folder, examples, accelerator_config=None)
 
 
-def test_example_on_two_processes_logs_the_losses_of_one(recordings, conversations, tmp_path):
-    options = ["--model", recordings["qwen3"].folder, "--data", conversations, "--learning-rate", "0.01", "--steps", 4]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert finetune.main([*map(str, options), "--output", str(one), "--batch-size", "2"]) == 0
-    torchrun("examples/finetune.py", *options, "--output", two, "--batch-size", 1)
-    for row, expected in zip(read_log(two), read_log(one), strict=True):
-        assert row == pytest.approx(expected, rel=1e-3)
+def test_a_killed_run_of_two_processes_resumes_with_the_losses_of_one_that_was_not(recordings, conversations, tmp_path):
+    """By two processes or by one, compared with one process without interruption."""
+    options = ["--model", recordings["qwen3"].folder, "--data", conversations, "--learning-rate", 0.01, "--steps", 12]
+    options += ["--eval-data", conversations, "--eval-steps", 4, "--answer-tokens", 12, "--output"]
+    whole, killed, alone, kept = (tmp_path / name for name in ("whole", "killed", "alone", "kept"))
+    assert finetune.main([*map(str, [*options, whole]), "--batch-size", "2"]) == 0
+
+    processes = start_two("examples/finetune.py", *options, killed, "--batch-size", 1)
+    deadline = time.monotonic() + 300
+    while last_checkpoint(killed) is None and time.monotonic() < deadline:
+        assert processes[0].poll() is None, "it ended before its first checkpoint"
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert not (killed / "model.safetensors").exists()
+    shutil.copytree(last_checkpoint(killed), kept)
+    (killed / "checkpoint-11").mkdir()  # as if it had been killed while it saved
+    torchrun("examples/finetune.py", *options, killed, "--batch-size", 1, "--resume_from_checkpoint")
+    resumed = [*map(str, [*options, alone, "--resume_from_checkpoint", kept]), "--batch-size", "1", "--accumulate", "2"]
+    assert finetune.main(resumed) == 0
+    expected, evaluations = read_log(whole), read_evaluations(whole)
+    assert len(expected) == 12 and evaluations[-1][1] > evaluations[0][1]
+    for folder in (killed, alone):
+        assert np.array(read_log(folder)) == pytest.approx(np.array(expected), rel=2e-3)
+        assert read_evaluations(folder) == evaluations
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_configurations_of_accelerate_are_valid(recordings, monkeypatch, name):
+    path = ROOT / "examples" / "accelerate" / f"{name}.yaml"
+    options = launch_command_parser().parse_args(["--config_file", str(path), "finetune.py"])
+    options, defaults, _ = _validate_launch_command(options)
+    assert (options.use_fsdp, options.use_deepspeed) == (name == "fsdp2", name == "zero3")
+    assert options.mixed_precision == "bf16" and options.num_processes == 8
+    if name == "zero3":
+        assert options.zero_stage == 3 and defaults.deepspeed_config["zero3_save_16bit_model"]
+        return
+    for variable, value in prepare_multi_gpu_env(options).items():
+        monkeypatch.setenv(variable, value)
+    plugin, model = FullyShardedDataParallelPlugin(), recordings["qwen3"].model
+    plugin.set_auto_wrap_policy(model)
+    kinds = plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
+    assert plugin.fsdp_version == 2 and {kind.__name__ for kind in kinds} == set(model._no_split_modules)
 
 
 def test_python_of_the_training_guide_runs(recordings, tmp_path, monkeypatch):
