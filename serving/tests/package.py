@@ -5,6 +5,7 @@ python serving/tests/package.py FOLDER RESULT     # RESULT: a file of torch.save
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from cases import conversations
@@ -14,12 +15,11 @@ NUM_NEW = 8  # tokens of each answer, which goes on behind an end of turn
 
 
 @torch.inference_mode()
-def answers(folder: Path) -> dict[str, dict]:
-    """Greedy: `prompt_ids`, `ids`, and `logprobs` (NUM_NEW, vocabulary) float32."""
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+def answers(model: Any, folder: Path, chats: dict[str, list[dict]]) -> dict[str, dict]:
+    """Greedy: `prompt_ids`, `ids`, and `logprobs` (NUM_NEW, vocabulary) float32, of each conversation by itself."""
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     answers = {}
-    for name, messages in conversations().items():
+    for name, messages in chats.items():
         inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
         output = model.generate(
             **inputs,
@@ -37,5 +37,10 @@ def answers(folder: Path) -> dict[str, dict]:
     return answers
 
 
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+
+
 if __name__ == "__main__":
-    torch.save(answers(Path(sys.argv[1])), sys.argv[2])
+    folder = Path(sys.argv[1])
+    torch.save(answers(load(folder), folder, conversations()), sys.argv[2])
