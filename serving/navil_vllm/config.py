@@ -40,13 +40,16 @@ class NaViLServingConfig:
         token, alone in its chunk, for a decoding step.
 
         Raises:
-            ValueError: pipeline parallelism or micro-batches.
+            ValueError: pipeline parallelism, micro-batches, or LoRA adapters on the encoder.
         """
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1:
             raise ValueError("NaViL has no pipeline parallelism: use tensor parallelism, or replicas")
         if parallel.use_ubatching:
             raise ValueError("NaViL cannot split a step into micro-batches: leave out --enable-dbo and --ubatch-size")
+        lora = vllm_config.lora_config
+        if lora is not None and lora.enable_tower_connector_lora:
+            raise ValueError("adapters may change the experts only: leave out --enable-tower-connector-lora")
         compilation = vllm_config.compilation_config
         if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_full_cudagraphs():
             compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE

@@ -39,6 +39,8 @@ from . import lora
 from .processing import NaViLDummyInputsBuilder, NaViLMultiModalProcessor, NaViLProcessingInfo, from_model_folder
 
 MODALITIES = ("text", "visual")
+FULL_PRECISION = ("model.vision_model", "model.connector")
+"""Modules that must not be quantized."""
 
 
 class ModalityOrder(NamedTuple):
@@ -368,4 +370,17 @@ class NaViLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLoRA,
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        """As in vLLM.
+
+        Raises:
+            ValueError: a quantized encoder or connector.
+        """
+        return AutoWeightsLoader(self).load_weights(map(check_precision, weights), mapper=self.hf_to_vllm_mapper)
+
+
+def check_precision(weight: tuple[str, Tensor]) -> tuple[str, Tensor]:
+    """Refuses a weight (name, tensor) of the encoder or the connector that is a tensor of torchao."""
+    name, tensor = weight
+    if name.startswith(FULL_PRECISION) and type(tensor) not in (Tensor, nn.Parameter):
+        raise ValueError(f"{name!r} is quantized: quantize with modules_to_not_convert={[*FULL_PRECISION, 'lm_head']}")
+    return weight

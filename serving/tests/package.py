@@ -37,8 +37,8 @@ def answers(model: Any, folder: Path, chats: dict[str, list[dict]]) -> dict[str,
     return answers
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+def load(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    return AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype, **settings).eval()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,3 +83,48 @@ def test_mixed_batch(tiny, adapters, engine):
     for (name, adapter), answer in ask(engine, chats, lora_request=requests).items():
         error = largest_error(expected[adapter], {name: answer})
         assert error < TOLERANCE, (name, adapter, error)
+
+
+def changed(adapter: Adapter, folder: Path, config: dict, rename: Callable[[str], str], columns: slice) -> LoRARequest:
+    """The adapter with other settings, names of tensors, and columns of lora_A."""
+    shutil.copytree(adapter.folder, folder)
+    file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = {rename(name): tensor for name, tensor in load_file(file).items()}
+    save_file({name: own[:, columns].clone() if "lora_A" in name else own for name, own in tensors.items()}, file)
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | config))
+    return LoRARequest(folder.name, 10, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "new_name", "columns", "sentence"),
+    [
+        (
+            {},
+            "language_model.layers.7.mlp.text.down_proj",
+            "vision_model.blocks.0.mlp.fc1",
+            None,
+            "expected target mod",
+        ),
+        ({}, "language_model.layers.7.mlp.text.down_proj", "connector.fc1", None, "received .'connector.fc1'"),
+        ({}, "model.language_model.layers.7.mlp.text.down_proj", "lm_head", None, "received .'lm_head'"),
+        ({"modules_to_save": ["lm_head"]}, "", "", None, "Unsupported modules_to_save: .'lm_head'"),
+        ({"use_dora": True}, "", "", None, "does not yet support DoRA"),
+        ({"r": 64}, "", "", None, "LoRA rank 64 is greater than max_lora_rank 16"),
+        (
+            {},
+            "self_attn.text",
+            "self_attn",
+            None,
+            "the adapter changes 'language_model.layers.0.self_attn.k_proj'; adap",
+        ),
+        ({}, "layers.7.", "layers.8.", None, "the adapter changes 'language_model.layers.8.mlp.text.down_proj'; adap"),
+        ({}, "", "", 128, r"down_proj' has \(128, 256\) input and output features, the model's \(640, 256\)"),
+    ],
+)
+def test_other_adapters_are_refused(adapters, engine, tmp_path, config, name, new_name, columns, sentence):
+    def rename(tensor: str) -> str:
+        return tensor.replace(name, new_name)
+
+    request = changed(adapters["text"], tmp_path / "other", config, rename, slice(columns))
+    with pytest.raises(ValueError, match=sentence):
+        engine.llm_engine.add_lora(request)
