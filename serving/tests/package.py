@@ -15,8 +15,12 @@ NUM_NEW = 8  # tokens of each answer, which goes on behind an end of turn
 
 
 @torch.inference_mode()
-def answers(model: Any, folder: Path, chats: dict[str, list[dict]]) -> dict[str, dict]:
-    """Greedy: `prompt_ids`, `ids`, and `logprobs` (NUM_NEW, vocabulary) float32, of each conversation by itself."""
+def answers(model: Any, folder: Path, chats: dict[str, list[dict]], **settings: Any) -> dict[str, dict]:
+    """Greedy: `prompt_ids`, `ids`, and `logprobs` (NUM_NEW, vocabulary) float32, of each conversation by itself.
+
+    Args:
+        settings: of `generate`.
+    """
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     answers = {}
     for name, messages in chats.items():
@@ -27,6 +31,7 @@ def answers(model: Any, folder: Path, chats: dict[str, list[dict]]) -> dict[str,
             eos_token_id=model.config.vocab_size,  # none
             output_logits=True,
             return_dict_in_generate=True,
+            **settings,
         )
         prompt_ids = inputs["input_ids"][0].tolist()
         answers[name] = {

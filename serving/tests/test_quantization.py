@@ -32,7 +32,7 @@ LIKELY = -8  # logprob of the tokens that are compared; those of unlikely ones d
 
 
 def check_close(expected: dict, actual: dict, tolerance: float) -> None:
-    """Compares logprobs of likely tokens, up to a step whose two best tokens are almost equal and chosen differently."""
+    """Compares logprobs of likely tokens, until another token is chosen, which must be almost as likely."""
     for name, answer in actual.items():
         reference = expected[name]
         assert answer["prompt_ids"] == reference["prompt_ids"], name
