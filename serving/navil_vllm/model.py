@@ -26,7 +26,13 @@ from vllm.lora.model_manager import LoRAModelManager
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -305,6 +311,7 @@ class NaViLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLoRA,
             if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.language_model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.text_config.vocab_size)
+        check_quantization(vllm_config.model_config.quantization, self.language_model)
 
     @property
     def lora_manager(self) -> LoRAModelManager:
@@ -376,6 +383,17 @@ class NaViLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLoRA,
             ValueError: a quantized encoder or connector.
         """
         return AutoWeightsLoader(self).load_weights(map(check_precision, weights), mapper=self.hf_to_vllm_mapper)
+
+
+def check_quantization(name: str | None, decoder: DecoderModel) -> None:
+    """Refuses a quantization that leaves all layers as they are, as those for mixtures of experts do.
+
+    Raises:
+        ValueError: no linear layer of the experts is quantized.
+    """
+    methods = {type(module.quant_method) for module in decoder.modules() if isinstance(module, LinearBase)}
+    if name is not None and methods == {UnquantizedLinearMethod}:
+        raise ValueError(f"the quantization {name!r} quantizes none of NaViL's linear layers")
 
 
 def check_precision(weight: tuple[str, Tensor]) -> tuple[str, Tensor]:

@@ -111,12 +111,6 @@ def test_structured_outputs(engine):
     assert {output.outputs[0].text for output in outputs} <= set(choices)
 
 
-def test_speculative_decoding(tiny):
-    """Drafts are n-grams of the prompt, so also slot tokens."""
-    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    check(tiny.answers, ask(start(tiny.folder, speculative_config=speculation), CHATS))
-
-
 @pytest.mark.parametrize("num_tokens", [33, 64])
 def test_chunked_prefill(tiny, num_tokens):
     check(tiny.answers, ask(start(tiny.folder, max_num_batched_tokens=num_tokens, max_model_len=4096), CHATS))
@@ -131,11 +125,12 @@ def test_window_order(window):
     [
         ({"tensor_parallel_size": 2}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
         ({"enforce_eager": False}, {"TORCH_COMPILE_DISABLE": "0"}),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}, {}),
     ],
-    ids=["tensor parallel", "compiled"],
+    ids=["tensor parallel", "compiled", "speculative decoding"],
 )
 def test_in_other_processes(tiny, tmp_path, settings, environment):
-    """Devices that share the decoder; and the decoder compiled by torch."""
+    """Devices that share the decoder; the decoder compiled by torch; drafts from the prompt, slot tokens too."""
     script = Path(__file__).with_name("engine.py")
     environment = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, script, tiny.folder, tmp_path / "result", json.dumps(settings)]

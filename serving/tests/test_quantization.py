@@ -169,3 +169,8 @@ def test_a_quantized_connector_is_refused(tiny, tmp_path):
     save_quantized(tiny.folder, folder, SCHEMES["int8"], ["model.vision_model", "lm_head"])
     with pytest.raises(ValueError, match="'model.connector.fc1.weight' is quantized: quantize with modules_to_not_"):
         start(folder)
+
+
+def test_quantization_of_other_layers_is_refused(tiny):
+    with pytest.raises(ValueError, match="'int8_per_channel_weight_only' quantizes none of NaViL's linear layers"):
+        start(tiny.folder, dtype="bfloat16", quantization="int8_per_channel_weight_only")
