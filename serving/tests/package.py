@@ -1,14 +1,9 @@
-"""The package's own answers to the requests of cases.py, which those of vLLM are compared with.
+"""The package's own answers, which those of vLLM are compared with."""
 
-python serving/tests/package.py FOLDER RESULT     # RESULT: a file of torch.save
-"""
-
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import conversations
 from transformers import AutoModel, AutoProcessor
 
 NUM_NEW = 8  # tokens of each answer, which goes on behind an end of turn
@@ -43,9 +38,5 @@ def answers(model: Any, folder: Path, chats: dict[str, list[dict]], **settings: 
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """The model of a folder, float32 unless stated otherwise."""
     return AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype, **settings).eval()
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    torch.save(answers(load(folder), folder, conversations()), sys.argv[2])

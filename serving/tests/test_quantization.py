@@ -13,6 +13,7 @@ import torch
 from cases import conversations
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from engine import ask, start
+from navil_vllm.model import FULL_PRECISION
 from package import answers, load
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -77,7 +78,7 @@ def test_half_precision(tiny, dtype):
         check_close(expected, ask(llm, CHATS), {"bfloat16": 0.3, "float16": 0.05}[dtype])
 
 
-FULL_PRECISION = ["model.vision_model", "model.connector", "lm_head"]
+NOT_CONVERTED = [*FULL_PRECISION, "lm_head"]
 SCHEMES = {
     "int8": Int8WeightOnlyConfig(),
     "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP)),
@@ -87,7 +88,7 @@ SCHEMES = {
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_torchao_quantizes_at_the_start(tiny, scheme):
     """As the package with `TorchAoConfig`, in float32."""
-    quantization = TorchAoConfig(SCHEMES[scheme], modules_to_not_convert=FULL_PRECISION)
+    quantization = TorchAoConfig(SCHEMES[scheme], modules_to_not_convert=NOT_CONVERTED)
     expected = answers(load(tiny.folder, quantization_config=quantization), tiny.folder, CHATS)
     overrides = {"quantization_config_dict_json": json.dumps(config_to_dict(SCHEMES[scheme]))}
     with engine(tiny.folder, quantization="torchao", hf_overrides=overrides) as llm:
@@ -106,7 +107,7 @@ def save_quantized(source: Path, folder: Path, config: AOBaseConfig, full_precis
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_torchao_folders(tiny, tmp_path, scheme):
     folder = tmp_path / f"navil-tiny-{scheme}"
-    model = save_quantized(tiny.folder, folder, SCHEMES[scheme], FULL_PRECISION)
+    model = save_quantized(tiny.folder, folder, SCHEMES[scheme], NOT_CONVERTED)
     expected = answers(model, tiny.folder, CHATS)
     with engine(folder) as llm:
         check_quantized_modules(llm)

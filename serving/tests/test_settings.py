@@ -75,7 +75,9 @@ def test_adapters_on_the_encoder_are_refused(tiny):
 def test_draft_models_are_refused(tiny):
     speculation = {"model": str(tiny.folder), "num_speculative_tokens": 2}
     arguments = EngineArgs(str(tiny.folder), trust_remote_code=True, dtype="float32", speculative_config=speculation)
-    with pytest.raises(ValueError, match="speculative decoding is ngram or ngram_gpu or suffix here, got 'draft_model'"):
+    with pytest.raises(
+        ValueError, match="speculative decoding is ngram or ngram_gpu or suffix here, got 'draft_model'"
+    ):
         arguments.create_engine_config()
 
 
