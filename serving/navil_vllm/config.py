@@ -5,6 +5,9 @@ from vllm.logger import init_logger
 
 logger = init_logger(f"vllm.{__name__}")
 
+DRAFTS_OF_TEXT = ("ngram", "ngram_gpu", "suffix")
+"""Methods of speculative decoding without a second model, which would need the mask of visual tokens."""
+
 
 class NaViLServingConfig:
     @staticmethod
@@ -40,13 +43,19 @@ class NaViLServingConfig:
         token, alone in its chunk, for a decoding step.
 
         Raises:
-            ValueError: pipeline parallelism or micro-batches.
+            ValueError: pipeline parallelism, micro-batches, LoRA adapters on the encoder, or a draft model.
         """
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1:
             raise ValueError("NaViL has no pipeline parallelism: use tensor parallelism, or replicas")
         if parallel.use_ubatching:
             raise ValueError("NaViL cannot split a step into micro-batches: leave out --enable-dbo and --ubatch-size")
+        lora = vllm_config.lora_config
+        if lora is not None and lora.enable_tower_connector_lora:
+            raise ValueError("adapters may change the experts only: leave out --enable-tower-connector-lora")
+        speculation = vllm_config.speculative_config
+        if speculation is not None and speculation.method not in DRAFTS_OF_TEXT:
+            raise ValueError(f"speculative decoding is {' or '.join(DRAFTS_OF_TEXT)} here, got {speculation.method!r}")
         compilation = vllm_config.compilation_config
         if compilation.cudagraph_mode is None or compilation.cudagraph_mode.has_full_cudagraphs():
             compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE

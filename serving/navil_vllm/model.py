@@ -22,21 +22,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal, SupportsQuant
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsLoRA, SupportsMultiModal, SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
+from . import lora
 from .processing import NaViLDummyInputsBuilder, NaViLMultiModalProcessor, NaViLProcessingInfo, from_model_folder
 
 MODALITIES = ("text", "visual")
+FULL_PRECISION = ("model.vision_model", "model.connector")
+"""Modules that must not be quantized."""
 
 
 class ModalityOrder(NamedTuple):
@@ -54,10 +64,35 @@ class ModalityOrder(NamedTuple):
         by_sequence = by_modality.argsort()
         return cls(num_text, by_modality.to(device, non_blocking=True), by_sequence.to(device, non_blocking=True))
 
+    def split(self, x: Tensor) -> Tensor:
+        return x[self.by_modality]
+
+    def join(self, x: Tensor) -> Tensor:
+        return x[self.by_sequence]
+
     def apply(self, experts: nn.ModuleDict | dict[str, Callable], x: Tensor) -> Tensor:
         """Applies each expert to its own tokens of x (T, ...), sorted by modality."""
         parts = {"text": x[: self.num_text], "visual": x[self.num_text :]}
         return torch.cat([experts[modality](part) for modality, part in parts.items() if len(part)])
+
+
+class SequenceOrder(NamedTuple):
+    """In place of ModalityOrder with LoRA, whose layers find the adapter of a token by its index in the step.
+
+    Both experts run on all tokens.
+    """
+
+    is_visual: Tensor  # (T, 1) bool
+
+    def split(self, x: Tensor) -> Tensor:
+        return x
+
+    def join(self, x: Tensor) -> Tensor:
+        return x
+
+    def apply(self, experts: nn.ModuleDict | dict[str, Callable], x: Tensor) -> Tensor:
+        """Applies both experts to x (T, ...)."""
+        return torch.where(self.is_visual, experts["visual"](x), experts["text"](x))
 
 
 class AttentionExpert(nn.Module):
@@ -141,10 +176,10 @@ class DecoderAttention(nn.Module):
     def forward(self, positions: Tensor, x: Tensor) -> Tensor:
         return self.text.output(self.attend(positions, self.text.project(x)))
 
-    def forward_with_images(self, positions: Tensor, x: Tensor, order: ModalityOrder) -> Tensor:
-        """As `forward`; x and the result (T, D) are sorted by modality."""
+    def forward_with_images(self, positions: Tensor, x: Tensor, order: ModalityOrder | SequenceOrder) -> Tensor:
+        """As `forward`; x and the result (T, D) are in the given order."""
         qkv = order.apply({"text": self.text.project, "visual": self.visual.project}, x)
-        attended = self.attend(positions, qkv[order.by_sequence])[order.by_modality]
+        attended = order.split(self.attend(positions, order.join(qkv)))
         return order.apply({"text": self.text.output, "visual": self.visual.output}, attended)
 
 
@@ -187,8 +222,8 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn(positions, self.input_layernorm(x))
         return x + self.mlp["text"](self.post_attention_layernorm(x))
 
-    def forward_with_images(self, positions: Tensor, x: Tensor, order: ModalityOrder) -> Tensor:
-        """As `forward`; x and the result (T, D) are sorted by modality."""
+    def forward_with_images(self, positions: Tensor, x: Tensor, order: ModalityOrder | SequenceOrder) -> Tensor:
+        """As `forward`; x and the result (T, D) are in the given order."""
         x = x + self.self_attn.forward_with_images(positions, self.input_layernorm(x), order)
         return x + order.apply(self.mlp, self.post_attention_layernorm(x))
 
@@ -200,6 +235,7 @@ class DecoderModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config.text_config
+        self.has_adapters = vllm_config.lora_config is not None
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
@@ -222,17 +258,21 @@ class DecoderModel(nn.Module):
 
     def forward_with_images(self, positions: Tensor, inputs_embeds: Tensor, is_visual: Tensor) -> Tensor:
         """As `forward`; is_visual (T,) bool on the CPU tells the tokens of the visual experts."""
-        order = ModalityOrder.build(is_visual, inputs_embeds.device)
-        x = inputs_embeds[order.by_modality]
+        device = inputs_embeds.device
+        if self.has_adapters:
+            order = SequenceOrder(is_visual[:, None].to(device, non_blocking=True))
+        else:
+            order = ModalityOrder.build(is_visual, device)
+        x = order.split(inputs_embeds)
         for layer in self.layers:
             x = layer.forward_with_images(positions, x, order)
-        return self.norm(x)[order.by_sequence]
+        return order.join(self.norm(x))
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     NaViLMultiModalProcessor, info=NaViLProcessingInfo, dummy_inputs=NaViLDummyInputsBuilder
 )
-class NaViLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsQuant):
+class NaViLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsLoRA, SupportsQuant):
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -271,6 +311,17 @@ class NaViLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsQuant
             if config.tie_word_embeddings:
                 self.lm_head = self.lm_head.tie_weights(self.language_model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.text_config.vocab_size)
+        check_quantization(vllm_config.model_config.quantization, self.language_model)
+
+    @property
+    def lora_manager(self) -> LoRAModelManager:
+        return self._lora_manager
+
+    @lora_manager.setter
+    def lora_manager(self, manager: LoRAModelManager) -> None:
+        """vLLM sets its manager of LoRA adapters when their layers are in place."""
+        lora.prepare(manager)
+        self._lora_manager = manager
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -326,4 +377,28 @@ class NaViLForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsQuant
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        """As in vLLM.
+
+        Raises:
+            ValueError: a quantized encoder or connector.
+        """
+        return AutoWeightsLoader(self).load_weights(map(check_precision, weights), mapper=self.hf_to_vllm_mapper)
+
+
+def check_quantization(name: str | None, decoder: DecoderModel) -> None:
+    """Refuses a quantization that leaves all layers as they are, as those for mixtures of experts do.
+
+    Raises:
+        ValueError: no linear layer of the experts is quantized.
+    """
+    methods = {type(module.quant_method) for module in decoder.modules() if isinstance(module, LinearBase)}
+    if name is not None and methods == {UnquantizedLinearMethod}:
+        raise ValueError(f"the quantization {name!r} quantizes none of NaViL's linear layers")
+
+
+def check_precision(weight: tuple[str, Tensor]) -> tuple[str, Tensor]:
+    """Refuses a weight (name, tensor) of the encoder or the connector that is a tensor of torchao."""
+    name, tensor = weight
+    if name.startswith(FULL_PRECISION) and type(tensor) not in (Tensor, nn.Parameter):
+        raise ValueError(f"{name!r} is quantized: quantize with modules_to_not_convert={[*FULL_PRECISION, 'lm_head']}")
+    return weight

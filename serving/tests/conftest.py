@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, for tests that change it
     "TORCH_COMPILE_DISABLE": "1",
 }
@@ -27,6 +26,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from cases import conversations  # noqa: E402
+from package import answers, load  # noqa: E402
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
 import convert_checkpoint  # noqa: E402
@@ -38,10 +39,8 @@ class Checkpoint:
 
     @cached_property
     def answers(self) -> dict[str, dict]:
-        """The package's answers, as package.py describes them."""
-        script, result = Path(__file__).with_name("package.py"), self.folder.with_suffix(".pt")
-        subprocess.run([sys.executable, script, self.folder, result], check=True, timeout=300)
-        return torch.load(result)
+        """The package's answers to all conversations, computed once for all tests."""
+        return answers(load(self.folder), self.folder, conversations())
 
 
 def make_folder(folder: Path, command: str, source: Path) -> None:

@@ -25,9 +25,9 @@ def start(folder: Path, **settings) -> LLM:
     )
 
 
-def ask(llm: LLM, chats: dict[str, list[dict]], **options) -> dict[str, dict]:
+def ask(llm: LLM, chats: dict[str, list[dict]], sampling: SamplingParams = GREEDY, **options) -> dict[str, dict]:
     """All conversations at once: prompt ids, new ids, logprobs {id: logprob} of each, and number of cached tokens."""
-    outputs = llm.chat(list(chats.values()), GREEDY, use_tqdm=False, **options)
+    outputs = llm.chat(list(chats.values()), sampling, use_tqdm=False, **options)
     return {
         name: {
             "prompt_ids": list(output.prompt_token_ids),

@@ -1,25 +1,24 @@
-"""The package's own answers to the requests of cases.py, which those of vLLM are compared with.
+"""The package's own answers, which those of vLLM are compared with."""
 
-python serving/tests/package.py FOLDER RESULT     # RESULT: a file of torch.save
-"""
-
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from cases import conversations
 from transformers import AutoModel, AutoProcessor
 
 NUM_NEW = 8  # tokens of each answer, which goes on behind an end of turn
 
 
 @torch.inference_mode()
-def answers(folder: Path) -> dict[str, dict]:
-    """Greedy: `prompt_ids`, `ids`, and `logprobs` (NUM_NEW, vocabulary) float32."""
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+def answers(model: Any, folder: Path, chats: dict[str, list[dict]], **settings: Any) -> dict[str, dict]:
+    """Greedy: `prompt_ids`, `ids`, and `logprobs` (NUM_NEW, vocabulary) float32, of each conversation by itself.
+
+    Args:
+        settings: of `generate`.
+    """
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     answers = {}
-    for name, messages in conversations().items():
+    for name, messages in chats.items():
         inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
         output = model.generate(
             **inputs,
@@ -27,6 +26,7 @@ def answers(folder: Path) -> dict[str, dict]:
             eos_token_id=model.config.vocab_size,  # none
             output_logits=True,
             return_dict_in_generate=True,
+            **settings,
         )
         prompt_ids = inputs["input_ids"][0].tolist()
         answers[name] = {
@@ -37,5 +37,6 @@ def answers(folder: Path) -> dict[str, dict]:
     return answers
 
 
-if __name__ == "__main__":
-    torch.save(answers(Path(sys.argv[1])), sys.argv[2])
+def load(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """The model of a folder, float32 unless stated otherwise."""
+    return AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype, **settings).eval()

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from cases import conversations
-from engine import ask, start
+from engine import GREEDY, ask, start
 from navil_vllm.model import DecoderModel
+from package import answers, load
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 TOLERANCE = 1e-4
 CHATS = conversations()
@@ -58,6 +61,16 @@ def test_prefix_cache(tiny, engine):
     check(tiny.answers, answers)
 
 
+def test_prefix_cache_knows_the_settings_of_a_request(tiny, engine):
+    chats = {name: CHATS[name] for name in ("640 x 480", "history with a second picture")}
+    lower = {"mm_processor_kwargs": {"max_pixels": 64 * 16**2}}
+    small, whole, again = ask(engine, chats, **lower), ask(engine, chats), ask(engine, chats, **lower)
+    for name in chats:
+        assert len(small[name]["prompt_ids"]) < len(whole[name]["prompt_ids"])
+        assert again[name]["prompt_ids"] == small[name]["prompt_ids"] and again[name]["ids"] == small[name]["ids"]
+        assert largest_error(tiny.answers, {name: whole[name]}) < TOLERANCE, name
+
+
 @pytest.mark.parametrize("part", ["first visual token", "last visual token", "<img>", "a text token"])
 def test_a_mask_with_one_wrong_token_fails(tiny, engine, monkeypatch, part):
     name, forward = "640 x 480", DecoderModel.forward_with_images
@@ -77,12 +90,30 @@ def test_a_mask_with_one_wrong_token_fails(tiny, engine, monkeypatch, part):
     assert largest_error(tiny.answers, ask(engine, {name: CHATS[name]})) < TOLERANCE
 
 
+def test_generated_slot_tokens_are_text(tiny, engine):
+    """`<img>` and `<IMG_CONTEXT>` in an answer; logprobs are those without the restriction to them."""
+    chats = {name: CHATS[name] for name in ("640 x 480", "history with a second picture", "text: Hello!")}
+    model = load(tiny.folder)
+    ids = [model.config.image_start_token_id, model.config.image_token_id]
+    expected = answers(model, tiny.folder, chats, prefix_allowed_tokens_fn=lambda *_: ids)
+    sampling = GREEDY.clone()
+    sampling.allowed_token_ids = ids
+    for name, answer in ask(engine, chats, sampling).items():
+        assert set(answer["ids"]) <= set(ids)
+        assert largest_error(expected, {name: answer}) < TOLERANCE, name
+
+
+def test_structured_outputs(engine):
+    """vLLM's grammars work with the tokenizer."""
+    choices = ["cat", "dog 12"]
+    sampling = SamplingParams(temperature=0, structured_outputs=StructuredOutputsParams(choice=choices))
+    outputs = engine.chat([CHATS["640 x 480"], CHATS["text: Hello!"]], sampling, use_tqdm=False)
+    assert {output.outputs[0].text for output in outputs} <= set(choices)
+
+
 @pytest.mark.parametrize("num_tokens", [33, 64])
-@pytest.mark.parametrize("name", ["tiny", "window"])
-def test_chunked_prefill(request, name, num_tokens):
-    checkpoint = request.getfixturevalue(name)
-    llm = start(checkpoint.folder, max_num_batched_tokens=num_tokens, max_model_len=4096)
-    check(checkpoint.answers, ask(llm, CHATS))
+def test_chunked_prefill(tiny, num_tokens):
+    check(tiny.answers, ask(start(tiny.folder, max_num_batched_tokens=num_tokens, max_model_len=4096), CHATS))
 
 
 def test_window_order(window):
@@ -94,11 +125,12 @@ def test_window_order(window):
     [
         ({"tensor_parallel_size": 2}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
         ({"enforce_eager": False}, {"TORCH_COMPILE_DISABLE": "0"}),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}, {}),
     ],
-    ids=["tensor parallel", "compiled"],
+    ids=["tensor parallel", "compiled", "speculative decoding"],
 )
 def test_in_other_processes(tiny, tmp_path, settings, environment):
-    """Devices that share the decoder; and the decoder compiled by torch."""
+    """Devices that share the decoder; the decoder compiled by torch; drafts from the prompt, slot tokens too."""
     script = Path(__file__).with_name("engine.py")
     environment = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, script, tiny.folder, tmp_path / "result", json.dumps(settings)]

@@ -36,6 +36,8 @@ def test_graphs_of_the_whole_model_and_split_steps_are_not_used(given, expected,
     settings = SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[given]),
         parallel_config=SimpleNamespace(**{"pipeline_parallel_size": 1, "use_ubatching": False, **parallel}),
+        lora_config=None,
+        speculative_config=None,
     )
     if parallel:
         with pytest.raises(ValueError, match="NaViL (has no pipeline|cannot split)"):
@@ -49,6 +51,8 @@ def test_no_graphs_stay_no_graphs():
     settings = SimpleNamespace(
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, use_ubatching=False),
+        lora_config=None,
+        speculative_config=None,
     )
     NaViLServingConfig.verify_and_update_config(settings)
     assert settings.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
@@ -59,6 +63,22 @@ def test_pipeline_parallelism_is_refused_by_vllm(tiny):
         EngineArgs(
             str(tiny.folder), trust_remote_code=True, dtype="float32", pipeline_parallel_size=2
         ).create_engine_config()
+
+
+def test_adapters_on_the_encoder_are_refused(tiny):
+    settings = {"enable_lora": True, "enable_tower_connector_lora": True}
+    arguments = EngineArgs(str(tiny.folder), trust_remote_code=True, dtype="float32", **settings)
+    with pytest.raises(ValueError, match="adapters may change the experts only"):
+        arguments.create_engine_config()
+
+
+def test_draft_models_are_refused(tiny):
+    speculation = {"model": str(tiny.folder), "num_speculative_tokens": 2}
+    arguments = EngineArgs(str(tiny.folder), trust_remote_code=True, dtype="float32", speculative_config=speculation)
+    with pytest.raises(
+        ValueError, match="speculative decoding is ngram or ngram_gpu or suffix here, got 'draft_model'"
+    ):
+        arguments.create_engine_config()
 
 
 def test_no_image_has_more_visual_tokens_than_reserved(tiny):
