@@ -1,7 +1,11 @@
 """What vLLM's settings must be for NaViL; vLLM calls these hooks before it starts the engine."""
 
+import os
+
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.logger import init_logger
+
+from .media import CONNECTOR, OWN_IMAGES
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -12,7 +16,7 @@ DRAFTS_OF_TEXT = ("ngram", "ngram_gpu", "suffix")
 class NaViLServingConfig:
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Caps the context at the trained one under dynamic NTK scaling, and has images read as they are.
+        """Caps the context at the trained one under dynamic NTK scaling, and has image files read by the package.
 
         Beyond the trained context, dynamic NTK scaling changes the angles of all tokens with each new one, also of
         those in the cache.
@@ -32,8 +36,8 @@ class NaViLServingConfig:
             logger.info("The context is capped at the trained %d tokens.", trained)
             model_config.max_model_len = trained
         if model_config.multimodal_config is not None:
-            # Else vLLM pastes transparent images onto white; NaViL takes the stored colors.
-            model_config.multimodal_config.media_io_kwargs.setdefault("image", {}).setdefault("image_mode", None)
+            model_config.multimodal_config.media_io_kwargs.setdefault("image", {})[OWN_IMAGES] = True
+            os.environ.setdefault("VLLM_MEDIA_CONNECTOR", CONNECTOR)
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:

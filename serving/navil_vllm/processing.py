@@ -84,6 +84,11 @@ class NaViLProcessingInfo(BaseProcessingInfo):
         return from_model_folder("tokenization_navil.image_slot", self.ctx.model_config)
 
     @cached_property
+    def count_slot_tokens(self) -> Callable:
+        count = from_model_folder("image_processing_navil.count_slot_tokens", self.ctx.model_config)
+        return partial(count, cell=self.get_hf_processor().image_processor.cell)
+
+    @cached_property
     def reject_slot_tokens(self) -> Callable:
         """Raises a ValueError for a text that contains a token of an image's slot."""
         reject_tokens = from_model_folder("tokenization_navil.reject_tokens", self.ctx.model_config)
@@ -105,9 +110,9 @@ class NaViLProcessingInfo(BaseProcessingInfo):
         side = OVERSIZE * math.sqrt(plan.max_pixels)
         ratios = np.geomspace(1, MAX_ASPECT_RATIO, NUM_RATIOS).tolist()
         sizes = [(math.floor(side * math.sqrt(ratio)), math.ceil(side / math.sqrt(ratio))) for ratio in ratios]
-        scales = [plan_scales(*size, cell, plan.min_pixels, plan.max_pixels, plan.tau) for size in sizes]
-        most = max(scales, key=lambda own: num_embeddings(own, cell))
-        return replace(plan, sizes=[most[-1]], scales=most)
+        scales = {size: plan_scales(*size, cell, plan.min_pixels, plan.max_pixels, plan.tau) for size in sizes}
+        most = max(sizes, key=lambda size: num_embeddings(scales[size], cell))
+        return replace(plan, sizes=[most], scales=scales[most])
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         cell = self.get_hf_processor().image_processor.cell
@@ -138,22 +143,40 @@ class NaViLDummyInputsBuilder(BaseDummyInputsBuilder[NaViLProcessingInfo]):
                 f"no image fits into a context of {room} tokens: raise --max-model-len, or serve text alone by "
                 "--limit-mm-per-prompt '{\"image\": 0}'"
             )
-        height, width = plans[0].sizes[0]
-        shrink = min(1, math.sqrt(max_pixels / (height * width)))
-        size = max(1, math.floor(width * shrink)), max(1, math.floor(height * shrink))
-        return {"image": [Image.new("RGB", size)] * len(plans)}
+        shrink = math.sqrt(max_pixels / math.prod(plans[0].sizes[0]))
+        while len(plans) * self.count_tokens(image := self.dummy_image(plans[0].sizes[0], shrink)) > room:
+            shrink *= 0.99  # whole pixels have changed the aspect ratio
+        return {"image": [image] * len(plans)}
+
+    @staticmethod
+    def dummy_image(size: tuple[int, int], shrink: float) -> Image.Image:
+        """An image whose sides are those of size (height, width) times `shrink`, or less where it would be too thin."""
+        height, width = (max(1, math.floor(side * shrink)) for side in size)
+        longest = MAX_ASPECT_RATIO * min(height, width) - 1
+        return Image.new("RGB", (min(width, longest), min(height, longest)))
+
+    def count_tokens(self, image: Image.Image) -> int:
+        [plan] = self.info.plan([image], {})
+        return self.info.count_slot_tokens(plan.scales)
 
 
 class NaViLMultiModalProcessor(BaseMultiModalProcessor[NaViLProcessingInfo]):
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
-        """As in vLLM, but a prompt that is too long is refused with a `max_pixels` that fits."""
-        result = super().apply(inputs, timing_ctx)
-        num_tokens, limit = len(result["prompt_token_ids"]), self.info.ctx.model_config.max_model_len
+        """As in vLLM, but a prompt that is too long is refused before its images are decoded.
+
+        Raises:
+            ValueError: with a `max_pixels` that fits; and as `_fill_slots`.
+        """
         images = inputs.mm_data_items["image"].get_all() if "image" in inputs.mm_data_items else []
-        if num_tokens > limit and all(image is not None for image in images):
-            plans = self.info.plan(images, inputs.hf_processor_mm_kwargs) if images else []
+        given = [image for image in images if image is not None]  # the others are in vLLM's cache, by their `uuid`
+        plans = self.info.plan(given, inputs.hf_processor_mm_kwargs) if given else []
+        empty_slot = self.info.image_slot([], 1)
+        num_tokens = len(self._fill_slots(inputs.prompt, [empty_slot] * len(images)))
+        num_tokens += sum(self.info.count_slot_tokens(plan.scales) - self.info.count_slot_tokens([]) for plan in plans)
+        limit = self.info.ctx.model_config.max_model_len
+        if num_tokens > limit:
             raise self.info.get_hf_processor().image_processor.context_error(num_tokens, limit, plans)
-        return result
+        return super().apply(inputs, timing_ctx)
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         """Patches of all images, by the folder's image processor."""
@@ -197,6 +220,12 @@ class NaViLMultiModalProcessor(BaseMultiModalProcessor[NaViLProcessingInfo]):
     def _apply_prompt_updates(
         self, token_ids: list[int], mm_prompt_updates: MultiModalPromptUpdates
     ) -> tuple[list[int], Mapping[str, list[PlaceholderFeaturesInfo]]]:
+        tokenizer = self.info.get_tokenizer()
+        slots = [updates[0].content.full for updates in mm_prompt_updates.get("image", [])]
+        token_ids = self._fill_slots(token_ids, ["".join(tokenizer.convert_ids_to_tokens(slot)) for slot in slots])
+        return token_ids, self._find_mm_placeholders(token_ids, mm_prompt_updates)
+
+    def _fill_slots(self, token_ids: Sequence[int], slots: Sequence[str]) -> list[int]:
         """Fills the slots in the prompt's text, as the package does: a token may reach over the end of `<image>`.
 
         Raises:
@@ -208,13 +237,10 @@ class NaViLMultiModalProcessor(BaseMultiModalProcessor[NaViLProcessingInfo]):
         if tokenizer.encode(text, add_special_tokens=False) != list(token_ids):
             raise ValueError("with images, the prompt must be a text, or the ids that the tokenizer gives for its text")
         self.info.reject_slot_tokens(text)
-        slots = [updates[0].content.full for updates in mm_prompt_updates.get("image", [])]
         pieces = text.split(IMAGE_PLACEHOLDER)
         if len(pieces) != len(slots) + 1:
             raise ValueError(
                 f"the text has {len(pieces) - 1} {IMAGE_PLACEHOLDER} placeholders but {len(slots)} images were given"
             )
-        slot_texts = ["".join(tokenizer.convert_ids_to_tokens(slot)) for slot in slots]
-        filled = "".join(part for pair in zip(pieces, [*slot_texts, ""], strict=True) for part in pair)
-        token_ids = tokenizer.encode(filled, add_special_tokens=False)
-        return token_ids, self._find_mm_placeholders(token_ids, mm_prompt_updates)
+        filled = "".join(part for pair in zip(pieces, [*slots, ""], strict=True) for part in pair)
+        return tokenizer.encode(filled, add_special_tokens=False)

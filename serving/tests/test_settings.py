@@ -102,3 +102,17 @@ def test_dummy_images_fit_into_a_short_context(tiny):
     processor = MULTIMODAL_REGISTRY.create_processor(model_config(tiny.folder, max_model_len=8, **settings))
     with pytest.raises(ValueError, match="no image fits into a context of 8 tokens"):
         processor.get_dummy_mm_inputs({"image": 1})
+
+
+@pytest.mark.parametrize("limits", [(4096, 131_072), (262_144, 589_824), (65_536, 6_291_456)])
+def test_dummy_images_fit_into_every_context(tiny, limits):
+    processor = MULTIMODAL_REGISTRY.create_processor(model_config(tiny.folder, limit_mm_per_prompt={"image": 1}))
+    info = processor.info
+    image_processor = info.get_hf_processor().image_processor
+    image_processor.min_pixels, image_processor.max_pixels = limits
+    for length in (info.ctx.model_config.max_model_len, 6831, *range(800, 8000, 411)):
+        info.ctx.model_config.max_model_len = length
+        images = processor.dummy_inputs.get_dummy_mm_data(length, {"image": 1}, {})["image"]
+        [plan] = info.plan(images, {})  # refuses an image that is too thin
+        assert 0.5 * min(length, info.count_slot_tokens(info.largest_plan.scales)) < info.count_slot_tokens(plan.scales)
+        assert info.count_slot_tokens(plan.scales) <= length

@@ -16,8 +16,8 @@ NAMES += [name for name in CHATS if "history" in name]
 @pytest.fixture(scope="module")
 def server(tiny):
     command = [Path(sys.executable).with_name("transformers"), "serve", tiny.folder, "--trust-remote-code"]
-    with running([*command, "--device", "cpu", "--dtype", "float32"]) as client:
-        yield client
+    with running([*command, "--device", "cpu", "--dtype", "float32"]) as server:
+        yield server
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -27,7 +27,7 @@ def test_answers(server, tiny, stream):
         ids = tiny.answers[name]["ids"]
         ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
         options = {"model": str(tiny.folder), "messages": CHATS[name], "max_tokens": 8, "stream": stream}
-        result = server.chat.completions.create(**options, temperature=0)
+        result = server.client.chat.completions.create(**options, temperature=0)
         if stream:
             answer = "".join(chunk.choices[0].delta.content or "" for chunk in result if chunk.choices)
         else:
