@@ -2,8 +2,10 @@
 
 import os
 
+import torch
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from .media import CONNECTOR, OWN_IMAGES
 
@@ -22,8 +24,12 @@ class NaViLServingConfig:
         those in the cache.
 
         Raises:
-            ValueError: `max_model_len` lies above the cap.
+            ValueError: `max_model_len` lies above the cap; or packed weights in float32 on a CPU.
         """
+        quantization = getattr(model_config.hf_config, "quantization_config", None) or {}
+        is_packed = quantization.get("format") == "pack-quantized"
+        if is_packed and model_config.dtype == torch.float32 and current_platform.is_cpu():
+            raise ValueError("on a CPU, packed 4-bit weights need --dtype bfloat16 or float16, got float32")
         text_config = model_config.hf_text_config
         trained = text_config.max_position_embeddings
         if text_config.rope_type == "dynamic" and model_config.max_model_len > trained:

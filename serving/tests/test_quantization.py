@@ -156,6 +156,8 @@ def test_compressed_tensors(tiny, tmp_path):
     with engine(folder, dtype="bfloat16") as llm:
         check_quantized_modules(llm)
         check_close(expected, ask(llm, CHATS), 0.3)
+    with pytest.raises(ValueError, match="on a CPU, packed 4-bit weights need --dtype bfloat16 or float16"):
+        start(folder, dtype="float32")
 
 
 @pytest.mark.parametrize("name", ["bitsandbytes", "gguf"])
