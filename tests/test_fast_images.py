@@ -6,11 +6,14 @@
 import copy
 import io
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, recorded_image, refused, relative_error, run_python
+from conftest import ROOT, recorded_image, refused, relative_error
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
@@ -273,9 +276,9 @@ for option in ({"backend": "torchvision"}, {} if is_deprecated else {"use_fast":
 
 
 def test_a_fresh_process_loads_both_without_a_warning(tmp_path):
-    run = run_python(
-        FRESH_PROCESS, ROOT, ROOT / "examples" / "chart.png", tmp_path / "saved", modules=tmp_path / "modules"
-    )
+    command = [sys.executable, "-c", FRESH_PROCESS, ROOT, ROOT / "examples" / "chart.png", tmp_path / "saved"]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "TQDM_DISABLE": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and not run.stderr, run.stderr
     grids = NaViLImageProcessor.from_pretrained(ROOT / "tiny")(ROOT / "examples" / "chart.png")["image_grid_thw"]
     assert run.stdout.splitlines() == 12 * [str(grids.tolist())]
