@@ -1,6 +1,7 @@
 """What is fast on this machine: the dtype of training, and an attention for CPUs with bf16 units."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,14 @@ ONEDNN_CACHE = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "5000")
 
 
 @torch.compiler.disable  # a compiled graph would be specialized to these lengths
-def segment_attention_cpu_bf16(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+def segment_attention_cpu_bf16(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *settings: Any, **options: Any
+) -> Tensor:
     """As `segment_attention_eager`, with runs of equal segments split into runs of 2**n."""
     runs = [
         (1 << bit, length) for count, length in segments.runs for bit in range(count.bit_length()) if count >> bit & 1
     ]
-    return segment_attention_eager(query, key, value, replace(segments, runs=runs), scaling)
+    return segment_attention_eager(query, key, value, replace(segments, runs=runs), *settings, **options)
 
 
 ALL_ATTENTION_FUNCTIONS[CPU_BF16_ATTENTION] = torch.compiler.disable(decoder_attention_eager)
