@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_engine import TOLERANCE, largest_error
 from vllm.lora.request import LoRARequest
 
-from examples.finetune import LORA_TARGETS, add_lora
+from training.parts import LORA_TARGETS, add_adapters
 
 CHATS = conversations()
 NAMES = ["1 x 1", "640 x 480", "1000 x 50", "3 pictures [(200, 100), (100, 300), (64, 64)]", "a picture between texts"]
@@ -52,7 +52,7 @@ def adapters(tiny, tmp_path_factory) -> dict[str, Adapter]:
     made = {}
     for seed, experts in enumerate(LORA_TARGETS):
         torch.manual_seed(seed)
-        model = add_lora(load(tiny.folder), experts, RANKS[experts])
+        model = add_adapters(load(tiny.folder), experts, RANKS[experts])
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
