@@ -173,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=24, help="held-out samples per task (%(default)s)")
     options = parser.parse_args(arguments)
     for part in options.part or PARTS:
-        print(*PARTS[part](options), sep="\n", end="\n\n")
+        for line in PARTS[part](options):
+            print(line, flush=True)
+        print()
     return 0
 
 
