@@ -4,6 +4,7 @@ Units: a patch is `patch_size` x `patch_size` pixels, one token of the vision en
 `spatial_merge_size` x `spatial_merge_size` patches, one visual token of the decoder.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
@@ -27,6 +28,7 @@ AUTO_MAP = {
 
 VISUAL_TOKEN_ORDERS = ("raster", "window")
 NORM_TYPES = ("rms_norm", "layer_norm")
+VISUAL_EXPERTS = ("attention", "ffn")
 ROPE_SCALING_TYPES = ("default", "linear", "dynamic")
 
 # Differences of the released models from the defaults below (paper, Table 6).
@@ -172,9 +174,11 @@ class NaViLTextConfig(_NaViLPartConfig):
         initializer_range: standard deviation of newly initialized weights.
         use_cache: whether `forward` returns a key/value cache by default.
         tie_word_embeddings: whether the output head shares the embedding table.
+        visual_experts: which of `attention` and `ffn` have an expert of their own for visual tokens, in every layer;
+            without one, visual tokens run on the text expert. All of NaViL's models have both.
 
     Raises:
-        ValueError: sizes that do not fit together, with their values.
+        ValueError: sizes that do not fit together, or an unknown expert, with their values.
     """
 
     model_type = "navil_text"
@@ -207,6 +211,7 @@ class NaViLTextConfig(_NaViLPartConfig):
         initializer_range: float = 0.02,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
+        visual_experts: Sequence[str] = VISUAL_EXPERTS,
         **kwargs: Any,
     ):
         rope_scaling = kwargs.pop("rope_parameters", None) or rope_scaling  # transformers 5's name for it
@@ -230,6 +235,9 @@ class NaViLTextConfig(_NaViLPartConfig):
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range
         self.use_cache = use_cache
+        self.visual_experts = [name for name in VISUAL_EXPERTS if name in visual_experts]
+        if len(self.visual_experts) != len(visual_experts):
+            raise ValueError(f"visual_experts may name {VISUAL_EXPERTS}, once each; got {visual_experts!r}")
         _require_divisible(self, "num_attention_heads", "num_key_value_heads", self.num_key_value_heads)
         _require_divisible(self, "head_dim", "2", 2)
         if self.rope_type not in ROPE_SCALING_TYPES or self.rope_factor < 1:

@@ -632,7 +632,7 @@ class ModalityOrder(NamedTuple):
 
         With gradients, an expert without tokens runs on an empty slice: DDP needs a (zero) gradient of its weights.
         """
-        if self.num_text == len(x) and not torch.is_grad_enabled():
+        if text_expert == visual_expert or (self.num_text == len(x) and not torch.is_grad_enabled()):
             return text_expert(x)
         return torch.cat([text_expert(x[: self.num_text]), visual_expert(x[self.num_text :])])
 
@@ -777,11 +777,11 @@ class NaViLAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
         self.text = NaViLAttentionExpert(config)
-        self.visual = NaViLAttentionExpert(config)
+        self.visual = NaViLAttentionExpert(config) if "attention" in config.visual_experts else None
 
     def project(self, x: Tensor, order: ModalityOrder, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, H, L, E) and keys, and values, (B, K, L, E) each, of tokens sorted by modality (T, D)."""
-        text, visual = self.text, self.visual
+        text, visual = self.text, self.visual or self.text
         query = order.join(order.apply_experts(text.query, visual.query, x)).transpose(1, 2)  # (B, H, L, E)
         key = order.join(order.apply_experts(text.key, visual.key, x)).transpose(1, 2)  # (B, K, L, E)
         value = order.join(order.apply_experts(text.value, visual.value, x)).transpose(1, 2)
@@ -813,7 +813,8 @@ class NaViLAttention(nn.Module):
 
     def project_output(self, attended: Tensor, order: ModalityOrder) -> Tensor:
         """(B, L, H*E) -> (T, D), sorted by modality."""
-        return order.apply_experts(self.text.o_proj, self.visual.o_proj, order.split(attended))
+        visual = self.visual or self.text
+        return order.apply_experts(self.text.o_proj, visual.o_proj, order.split(attended))
 
 
 class NaViLFeedForwardExpert(nn.Module):
@@ -835,10 +836,10 @@ class NaViLFeedForward(nn.Module):
     def __init__(self, config: NaViLTextConfig):
         super().__init__()
         self.text = NaViLFeedForwardExpert(config)
-        self.visual = NaViLFeedForwardExpert(config)
+        self.visual = NaViLFeedForwardExpert(config) if "ffn" in config.visual_experts else None
 
     def forward(self, x: Tensor, order: ModalityOrder) -> Tensor:
-        return order.apply_experts(self.text, self.visual, x)
+        return order.apply_experts(self.text, self.visual or self.text, x)
 
 
 class NaViLDecoderLayer(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from navil.configuration_navil import NaViLConfig, NaViLTextConfig, NaViLVisionConfig
+from navil.configuration_navil import VISUAL_EXPERTS, NaViLConfig, NaViLTextConfig, NaViLVisionConfig
 from navil.tokenization_navil import DEFAULT_SYSTEM_MESSAGE, END_OF_TURN, IMAGE_START_TOKEN, IMAGE_TOKEN, NaViLTokenizer
 
 JSON = dict[str, Any]
@@ -255,7 +255,7 @@ def released_vision_config(config: NaViLConfig) -> JSON:
 
 
 def released_text_config(text: NaViLTextConfig, backbone: str) -> JSON:
-    check_supported(text.to_dict(), {"attention_bias": [False]})
+    check_supported(text.to_dict(), {"attention_bias": [False], "visual_experts": [list(VISUAL_EXPERTS)]})
     names = (*TEXT_SETTINGS, "num_key_value_heads", "rope_theta", "initializer_range", "tie_word_embeddings")
     released = {name: getattr(text, name) for name in names} | {"hidden_act": "silu", "rope_scaling": None}
     if backbone == "internlm2":

@@ -66,6 +66,24 @@ def test_attention_uses_the_enabled_backends_and_cudnn_only_if_alone():
 # -- experts -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("own", [[], ["ffn"], ["attention"]])
+def test_a_shared_expert_equals_a_copied_one(own):
+    both, shared = build(), build({"visual_experts": own})
+    block = {"attention": ".self_attn.", "ffn": ".mlp."}
+    missing = both.state_dict().keys() - shared.state_dict().keys()
+    copied = {
+        name for name in both.state_dict() if ".visual." in name and any(block[o] in name for o in block.keys() - own)
+    }
+    assert missing == copied
+    weights = dict(shared.state_dict())
+    weights |= {name: weights[name.replace(".visual.", ".text.")] for name in missing}
+    both.load_state_dict(weights)
+    ids, images = prompt(6), image_inputs((4, 6))
+    torch.testing.assert_close(shared(ids, **images).logits, both(ids, **images).logits)
+    shared(ids, **images, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in shared.parameters())
+
+
 def test_visual_token_mask_with_ready_embeddings_equals_pixels():
     model = build()
     ids, images = prompt(6), image_inputs((4, 6))
@@ -315,6 +333,8 @@ def test_generate_refuses_more_images_than_slots_and_unset_token_ids(settings):
         (NaViLTextConfig, {"num_key_value_heads": 3}, "4 does not divide by 3"),
         (NaViLTextConfig, {"head_dim": 15}, "15 does not divide by 2"),
         (NaViLTextConfig, {"hidden_size": 66}, "66 does not divide by 4"),
+        (NaViLTextConfig, {"visual_experts": ["attention", "mlp"]}, "got ['attention', 'mlp']"),
+        (NaViLTextConfig, {"visual_experts": "ffn"}, "got 'ffn'"),
         (NaViLTextConfig, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         (NaViLTextConfig, {"rope_scaling": {"rope_type": "dynamic", "factor": 0.5}}, "0.5"),
         (NaViLConfig, {"min_dynamic_patch": 9, "max_dynamic_patch": 8}, "9 is larger than max_dynamic_patch 8"),

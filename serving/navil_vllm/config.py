@@ -11,6 +11,7 @@ from .media import CONNECTOR, OWN_IMAGES
 
 logger = init_logger(f"vllm.{__name__}")
 
+VISUAL_EXPERTS = ("attention", "ffn")
 DRAFTS_OF_TEXT = ("ngram", "ngram_gpu", "suffix")
 """Methods of speculative decoding without a second model, which would need the mask of visual tokens."""
 
@@ -24,13 +25,17 @@ class NaViLServingConfig:
         those in the cache.
 
         Raises:
-            ValueError: `max_model_len` lies above the cap; or packed weights in float32 on a CPU.
+            ValueError: `max_model_len` lies above the cap; packed weights in float32 on a CPU; or visual tokens that
+                run on a text expert.
         """
+        text_config = model_config.hf_text_config
+        experts = getattr(text_config, "visual_experts", VISUAL_EXPERTS)
+        if set(experts) != set(VISUAL_EXPERTS):
+            raise ValueError(f"vLLM runs models with the visual experts {VISUAL_EXPERTS}; this one has {list(experts)}")
         quantization = getattr(model_config.hf_config, "quantization_config", None) or {}
         is_packed = quantization.get("format") == "pack-quantized"
         if is_packed and model_config.dtype == torch.float32 and current_platform.is_cpu():
             raise ValueError("on a CPU, packed 4-bit weights need --dtype bfloat16 or float16, got float32")
-        text_config = model_config.hf_text_config
         trained = text_config.max_position_embeddings
         if text_config.rope_type == "dynamic" and model_config.max_model_len > trained:
             given = model_config.original_max_model_len

@@ -30,6 +30,11 @@ def test_context_ends_where_dynamic_ntk_scaling_starts(window, monkeypatch):
         model_config(window.folder, max_model_len=text.max_position_embeddings + 1)
 
 
+def test_models_with_a_shared_expert_are_refused(tiny):
+    with pytest.raises(ValueError, match=r"this one has \['ffn'\]"):
+        model_config(tiny.folder, hf_overrides={"text_config": {"visual_experts": ["ffn"]}})
+
+
 @pytest.mark.parametrize(("given", "expected"), [("FULL_AND_PIECEWISE", "PIECEWISE"), ("FULL", "PIECEWISE")])
 @pytest.mark.parametrize("parallel", [{}, {"pipeline_parallel_size": 2}, {"use_ubatching": True}])
 def test_graphs_of_the_whole_model_and_split_steps_are_not_used(given, expected, parallel):
