@@ -1,4 +1,4 @@
-"""The package's own answers, which those of vLLM are compared with."""
+"""The package's own answers, and what it means that vLLM's equal them."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoProcessor
 
+TOLERANCE = 1e-4  # of a logprob
 NUM_NEW = 8  # tokens of each answer, which goes on behind an end of turn
 
 
@@ -40,3 +41,22 @@ def answers(model: Any, folder: Path, chats: dict[str, list[dict]], **settings: 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     """The model of a folder, float32 unless stated otherwise."""
     return AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=dtype, **settings).eval()
+
+
+def largest_error(expected: dict, actual: dict) -> float:
+    """Largest difference of logprobs; infinite if any prompt or greedy answer differs."""
+    errors = []
+    for name, answer in actual.items():
+        reference = expected[name]
+        if any(answer[key] != reference[key] for key in ("prompt_ids", "ids")):
+            return float("inf")
+        for step, logprobs in enumerate(answer["logprobs"]):
+            errors += [abs(reference["logprobs"][step, id].item() - logprob) for id, logprob in logprobs.items()]
+    return max(errors)
+
+
+def check(expected: dict, actual: dict) -> None:
+    assert len(actual) >= 40
+    for name, answer in actual.items():
+        error = largest_error(expected, {name: answer})
+        assert error < TOLERANCE, (name, error, answer["ids"], expected[name]["ids"])

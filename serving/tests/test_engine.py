@@ -1,42 +1,16 @@
 """vLLM gives the package's own ids and logprobs (float32), whatever parts of which prompts a step of it holds."""
 
 import gc
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
 from cases import conversations
 from engine import GREEDY, ask, start
 from navil_vllm.model import DecoderModel
-from package import answers, load
+from package import TOLERANCE, answers, check, largest_error, load
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-TOLERANCE = 1e-4
 CHATS = conversations()
-
-
-def largest_error(expected: dict, actual: dict) -> float:
-    """Largest difference of logprobs; infinite if any prompt or greedy answer differs."""
-    errors = []
-    for name, answer in actual.items():
-        reference = expected[name]
-        if any(answer[key] != reference[key] for key in ("prompt_ids", "ids")):
-            return float("inf")
-        for step, logprobs in enumerate(answer["logprobs"]):
-            errors += [abs(reference["logprobs"][step, id].item() - logprob) for id, logprob in logprobs.items()]
-    return max(errors)
-
-
-def check(expected: dict, actual: dict) -> None:
-    assert len(actual) >= 40
-    for name, answer in actual.items():
-        error = largest_error(expected, {name: answer})
-        assert error < TOLERANCE, (name, error, answer["ids"], expected[name]["ids"])
 
 
 @pytest.fixture(scope="module")
@@ -118,21 +92,3 @@ def test_chunked_prefill(tiny, num_tokens):
 
 def test_window_order(window):
     check(window.answers, ask(start(window.folder, max_model_len=4096), CHATS))
-
-
-@pytest.mark.parametrize(
-    ("settings", "environment"),
-    [
-        ({"tensor_parallel_size": 2}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
-        ({"enforce_eager": False}, {"TORCH_COMPILE_DISABLE": "0"}),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}, {}),
-    ],
-    ids=["tensor parallel", "compiled", "speculative decoding"],
-)
-def test_in_other_processes(tiny, tmp_path, settings, environment):
-    """Devices that share the decoder; the decoder compiled by torch; drafts from the prompt, slot tokens too."""
-    script = Path(__file__).with_name("engine.py")
-    environment = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, script, tiny.folder, tmp_path / "result", json.dumps(settings)]
-    subprocess.run(command, env=environment, check=True, timeout=300)
-    check(tiny.answers, torch.load(tmp_path / "result"))

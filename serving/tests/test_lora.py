@@ -12,10 +12,9 @@ import pytest
 import torch
 from cases import conversations
 from engine import ask, start
-from package import answers, load
+from package import TOLERANCE, answers, largest_error, load
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_engine import TOLERANCE, largest_error
 from vllm.lora.request import LoRARequest
 
 from training.parts import LORA_TARGETS, add_adapters

@@ -1,0 +1,29 @@
+"""vLLM gives the package's own ids and logprobs in processes of its own: several devices, graphs, and drafts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from package import check
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment"),
+    [
+        ({"tensor_parallel_size": 2}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
+        ({"enforce_eager": False}, {"TORCH_COMPILE_DISABLE": "0"}),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}, {}),
+    ],
+    ids=["tensor parallel", "compiled", "speculative decoding"],
+)
+def test_in_other_processes(tiny, tmp_path, settings, environment):
+    """Devices that share the decoder; the decoder compiled by torch; drafts from the prompt, slot tokens too."""
+    script = Path(__file__).with_name("engine.py")
+    environment = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, script, tiny.folder, tmp_path / "result", json.dumps(settings)]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    check(tiny.answers, torch.load(tmp_path / "result"))
