@@ -69,7 +69,7 @@ def report(name: str, results: Sequence[Result], folder: Path) -> None:
     finding = ANALYSES[name](results)
     folder.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(finding.figure).print_png(folder / f"{name}.png")
-    content = {"checks": finding.checks, "numbers": finding.rows, "runs": results}
+    content = {"claims": finding.claims, "numbers": finding.rows, "runs": results}
     (folder / f"{name}.json").write_text(json.dumps(content) + "\n")
     print(f"{name}:", *finding.lines, sep="\n  ")
 

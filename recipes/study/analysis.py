@@ -15,23 +15,42 @@ from conversion.configs import auto_vision_size
 from .observations import DECODERS, ENCODERS, EXPERTS, SHAPES
 
 Result = dict[str, Any]
+Setting = Callable[[Result], Any]
+
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """Half of a 95 % interval of a mean of n runs, in standard errors (Student's t)."""
-EARLY = 0.22  # share of the samples
+EARLY = 0.46  # share of the samples
+TARGET = (
+    0.4  # loss that the numbers of needed pictures are for: half-way down from the form of answers to their content
+)
 GAIN = 0.01  # of a doubled encoder, in shares of the smallest encoder's loss (the paper's criterion)
+
+
+def half_interval(values: np.ndarray) -> np.ndarray:
+    """Half of the 95 % interval of the mean over seeds (S, ...); not a number for one seed."""
+    if len(values) == 1:
+        return np.full(values.shape[1:], np.nan)
+    return T_95.get(len(values), 1.96) * values.std(0, ddof=1) / math.sqrt(len(values))
 
 
 @dataclass
 class Finding:
-    """An observation's outcome; `checks` are sentences about directions, with whether the runs agree with them."""
+    """An observation's outcome: a plot, rows of numbers, and what they say about the paper's claims."""
 
     figure: Figure
     rows: list[str] = field(default_factory=list)
-    checks: dict[str, bool] = field(default_factory=dict)
+    claims: dict[str, str] = field(default_factory=dict)
+
+    def check(self, claim: str, margins: Any) -> None:
+        """`margins` (S,), one for each seed, are above 0 where the runs agree with the claim."""
+        margins = np.asarray(margins, dtype=float)
+        mean, error = margins.mean(), half_interval(margins)
+        outcome = "agrees" if mean > error else "does not agree" if mean < -error else "undecided"
+        self.claims[claim] = f"{outcome} (margin {mean:.3g} ± {error:.2g})"
 
     @property
     def lines(self) -> list[str]:
-        return [*self.rows, *(f"{'agrees' if ok else 'DOES NOT AGREE'}: {claim}" for claim, ok in self.checks.items())]
+        return [*self.rows, *(f"{claim}: {outcome}" for claim, outcome in self.claims.items())]
 
 
 @dataclass
@@ -39,7 +58,7 @@ class Curve:
     """Held-out loss of the same settings with several seeds, at the same numbers of samples."""
 
     samples: np.ndarray  # (M,)
-    losses: np.ndarray  # (seeds, M)
+    losses: np.ndarray  # (S, M)
 
     @property
     def mean(self) -> np.ndarray:
@@ -47,54 +66,56 @@ class Curve:
 
     @property
     def error(self) -> np.ndarray:
-        """(M,) half of the 95 % interval of the mean; not a number with one seed."""
-        count = len(self.losses)
-        if count == 1:
-            return np.full(len(self.samples), np.nan)
-        return T_95.get(count, 1.96) * self.losses.std(0, ddof=1) / math.sqrt(count)
+        return half_interval(self.losses)
 
     @property
     def final(self) -> str:
         return f"{self.mean[-1]:.3f} ± {self.error[-1]:.3f}"
 
-    def samples_to_reach(self, loss: float) -> float:
-        """Where the mean first comes down to this loss, interpolated in log(samples); infinity if nowhere."""
-        below = np.flatnonzero(self.mean <= loss)
+    def samples_to_reach(self, loss: float) -> np.ndarray:
+        """(S,) where each run first comes down to this loss, interpolated in log(samples); infinity if nowhere."""
+        return np.array([self._reach(losses, loss) for losses in self.losses])
+
+    def log_samples(self, loss: float = TARGET) -> np.ndarray:
+        """(S,) log of `samples_to_reach`; where the loss is not reached, of all samples: fewer than needed."""
+        return np.log(np.minimum(self.samples_to_reach(loss), self.samples[-1]))
+
+    def _reach(self, losses: np.ndarray, loss: float) -> float:
+        below = np.flatnonzero(losses <= loss)
         if not len(below):
             return math.inf
-        end = below[0]
-        if end == 0:
-            return float(self.samples[0])
-        high, low = self.mean[end - 1], self.mean[end]
-        x = np.log(self.samples[end - 1 : end + 1])
-        return float(np.exp(x[0] + (high - loss) / (high - low) * (x[1] - x[0])))
+        end = max(below[0], 1)
+        share = np.clip((losses[end - 1] - loss) / (losses[end - 1] - losses[end]), 0, 1)
+        return float(self.samples[end - 1] * (self.samples[end] / self.samples[end - 1]) ** share)
 
     def draw(self, axes: Axes, label: str) -> None:
         [line] = axes.plot(self.samples, self.mean, label=label, marker=".")
-        axes.fill_between(
-            self.samples, self.mean - self.error, self.mean + self.error, color=line.get_color(), alpha=0.2
-        )
+        low, high = self.mean - self.error, self.mean + self.error
+        axes.fill_between(self.samples, np.maximum(low, self.losses.min() / 2), high, color=line.get_color(), alpha=0.2)
 
 
-def curves(results: Sequence[Result], key: Callable[[Result], Any]) -> dict[Any, Curve]:
+def setting(name: str) -> Setting:
+    """Reads a field of a result's run; sizes as tuples."""
+
+    def read(result: Result) -> Any:
+        value = result["run"][name]
+        return tuple(value) if isinstance(value, list | tuple) else value
+
+    return read
+
+
+def curves(results: Sequence[Result], key: Setting) -> dict[Any, Curve]:
     """Curves by a property of their runs."""
     groups = defaultdict(list)
     for result in results:
         groups[key(result)].append(result["measured"])
     return {
         name: Curve(
-            np.array([row["samples"] for row in runs[0]]), np.array([[r["loss"]["all"] for r in m] for m in runs])
+            np.array([row["samples"] for row in runs[0]]),
+            np.array([[row["loss"]["all"] for row in rows] for rows in runs]),
         )
         for name, runs in groups.items()
     }
-
-
-def setting(name: str) -> Callable[[Result], Any]:
-    def read(result: Result) -> Any:
-        value = result["run"][name]
-        return tuple(value) if isinstance(value, list) else value
-
-    return read
 
 
 def panels(count: int, **settings: Any) -> tuple[Figure, Sequence[Axes]]:
@@ -107,6 +128,9 @@ def label_curves(axes: Axes) -> None:
     axes.legend()
 
 
+# ------------------------------------------------------------------------------------------------------ initialization
+
+
 def compare_initialization(results: Sequence[Result]) -> Finding:
     by_start = curves(results, setting("from_text"))
     scratch, from_text = by_start[False], by_start[True]
@@ -114,200 +138,203 @@ def compare_initialization(results: Sequence[Result]) -> Finding:
     scratch.draw(axes, "LLM from scratch")
     from_text.draw(axes, "LLM from text")
     label_curves(axes)
-    needed = from_text.samples_to_reach(scratch.mean[-1])
-    factor = scratch.samples[-1] / needed
-    rows = [f"final loss: from text {from_text.final}, from scratch {scratch.final}"]
-    rows += [f"the LLM from text needs {needed:.0f} pictures for the final loss from scratch: 1 / {factor:.2f}"]
-    return Finding(
-        figure,
-        rows,
-        {
-            "a text-pretrained LLM needs less multimodal data": factor > 1,
-            "by a factor of more than 10": factor > 10,
-        },
-    )
+    finding = Finding(figure, [f"final loss: LLM from text {from_text.final}, from scratch {scratch.final}"])
+    for loss in (1.0, TARGET, float(scratch.mean[-1])):
+        with_text, without = (curve.samples_to_reach(loss).mean() for curve in (from_text, scratch))
+        row = f"pictures for a loss of {loss:.3f}: {with_text:.0f} from text, {without:.0f} from scratch"
+        finding.rows.append(row)
+    factors = scratch.log_samples() - from_text.log_samples()
+    finding.check(f"an LLM from text needs fewer pictures for a loss of {TARGET} (log factor)", factors)
+    finding.check("the factor is more than 10 (log factor, minus log 10)", factors - math.log(10))
+    return finding
+
+
+# ------------------------------------------------------------------------------------------------------------- experts
 
 
 def name_experts(experts: Sequence[str]) -> str:
     return " and ".join(experts) or "none"
 
 
-def feature_gap(results: Sequence[Result]) -> np.ndarray:
-    """(layers + 1,) visual features' scale over text features', of each layer's input; geometric mean over runs."""
+def feature_gaps(results: Sequence[Result]) -> np.ndarray:
+    """(S, layers) log of the visual features' scale over the text features', at the input of each layer."""
     scales = [result["feature_scale"] for result in results]
-    return np.exp(np.mean([np.log(scale["visual"]) - np.log(scale["text"]) for scale in scales], 0))
+    return np.array([np.log(scale["visual"]) - np.log(scale["text"]) for scale in scales])[:, :-1]
 
 
 def compare_experts(results: Sequence[Result]) -> Finding:
     by_experts = curves(results, setting("experts"))
     figure, [loss_axes, gap_axes] = panels(2)
-    finding = Finding(figure)
-    shared, gaps = by_experts[()], {}
+    finding, gaps = Finding(figure), {}
     for experts in EXPERTS:
-        curve = by_experts[experts]
-        curve.draw(loss_axes, f"visual experts: {name_experts(experts)}")
-        gaps[experts] = feature_gap([result for result in results if setting("experts")(result) == experts])[:-1]
-        gap_axes.plot(gaps[experts], marker=".", label=f"visual experts: {name_experts(experts)}")
-        factor = curve.samples[-1] / curve.samples_to_reach(shared.mean[-1])
-        ratios = " ".join(f"{gap:.2f}" for gap in gaps[experts])
-        finding.rows.append(
-            f"{name_experts(experts)}: final loss {curve.final}, that of none with 1 / {factor:.2f} of the pictures; "
-            f"visual / text feature scale by layer: {ratios}"
-        )
+        curve, name = by_experts[experts], name_experts(experts)
+        curve.draw(loss_axes, f"visual experts: {name}")
+        gaps[experts] = feature_gaps([result for result in results if setting("experts")(result) == experts])
+        ratios = np.exp(gaps[experts].mean(0))
+        gap_axes.plot(ratios, marker=".", label=f"visual experts: {name}")
+        needed = curve.samples_to_reach(TARGET).mean()
+        finding.rows.append(f"{name}: final loss {curve.final}, {needed:.0f} pictures for a loss of {TARGET}")
+        listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        finding.rows.append(f"{name}: scale of visual over text features at the input of each layer {listed}")
     label_curves(loss_axes)
     gap_axes.axhline(1, color="gray", linewidth=0.5)
-    gap_axes.set(xlabel="decoder layer", ylabel="scale of visual / text features", yscale="log")
+    gap_axes.set(xlabel="decoder layer", ylabel="scale of visual over text features")
+    gap_axes.set_xticks(range(len(ratios)))
     gap_axes.legend()
-    none, ffn, both = (by_experts[experts].mean[-1] for experts in EXPERTS)
-    distance = {experts: float(np.abs(np.log(gap)).mean()) for experts, gap in gaps.items()}
-    finding.checks = {
-        "attention and FFN experts reach a lower loss than none": bool(both < none),
-        "attention and FFN experts reach a lower loss than FFN experts alone": bool(both < ffn),
-        "the feature scales of the modalities differ more with FFN experts alone": distance[EXPERTS[1]]
-        > distance[EXPERTS[2]],
-    }
+    none, ffn, both = (by_experts[experts] for experts in EXPERTS)
+    for other, name in ((none, "none"), (ffn, "FFN experts alone")):
+        claim = f"attention and FFN experts reach a lower final loss than {name}"
+        finding.check(claim, other.losses[:, -1] - both.losses[:, -1])
+        needed = [np.log(curve.samples_to_reach(TARGET)) for curve in (other, both)]
+        finding.check(
+            f"they need fewer pictures for a loss of {TARGET} than {name} (log factor)", needed[0] - needed[1]
+        )
+    distances = [np.abs(gaps[experts]).mean(1) for experts in EXPERTS[1:]]
+    finding.check("FFN experts alone leave a wider gap in feature scale (mean log)", distances[0] - distances[1])
     return finding
+
+
+# --------------------------------------------------------------------------------------------------------------- shape
 
 
 def compare_shapes(results: Sequence[Result]) -> Finding:
     by_shape = curves(results, setting("encoder"))
+    samples = by_shape[SHAPES[0]].samples
     figure, axes = panels(2)
-    depths = [depth for depth, _ in SHAPES]
-    finding, means = Finding(figure), {}
+    finding, losses = Finding(figure), {}
     for axis, (when, share) in zip(axes, (("early", EARLY), ("late", 1.0)), strict=True):
-        column = int(np.abs(by_shape[SHAPES[0]].samples / by_shape[SHAPES[0]].samples[-1] - share).argmin())
-        mean, error = (np.array([getattr(by_shape[s], name)[column] for s in SHAPES]) for name in ("mean", "error"))
-        means[when] = mean
-        samples = by_shape[SHAPES[0]].samples[column]
-        axis.errorbar(depths, mean, error, marker="o", capsize=3)
-        axis.set(
-            title=f"{when}: {samples:,} pictures", xlabel="depth", ylabel="loss on held-out pictures", xscale="log"
-        )
-        axis.set_xticks(depths, [f"{depth} x {width}" for depth, width in SHAPES])
-        values = ", ".join(f"{d}x{w} {m:.3f} ± {e:.3f}" for (d, w), m, e in zip(SHAPES, mean, error, strict=True))
-        finding.rows.append(f"{when}, {samples} pictures: {values}")
-    late = means["late"]
-    middle = late[1:-1]
-    finding.checks = {
-        "late, the best shape is not the shallowest or the deepest": bool(0 < late.argmin() < len(SHAPES) - 1),
-        "late, both extremes are farther from the best shape than the middle shapes are from each other": bool(
-            np.ptp(middle) < min(late[0], late[-1]) - late.min()
-        ),
-        "early, shallow encoders are ahead of deep ones": bool(means["early"][0] < means["early"][-1]),
-    }
+        column = int(np.abs(samples / samples[-1] - share).argmin())
+        losses[when] = np.stack([by_shape[shape].losses[:, column] for shape in SHAPES], 1)  # (S, shapes)
+        mean, error = losses[when].mean(0), half_interval(losses[when])
+        axis.errorbar(range(len(SHAPES)), mean, error, marker="o", capsize=3)
+        axis.set(title=f"{when}: {samples[column]:,} pictures", xlabel="depth x width of the encoder")
+        axis.set(ylabel="loss on held-out pictures")
+        names = [f"{depth} x {width}" for depth, width in SHAPES]
+        axis.set_xticks(range(len(SHAPES)), names)
+        values = (f"{name}: {m:.3f} ± {e:.3f}" for name, m, e in zip(names, mean, error, strict=True))
+        finding.rows.append(f"{when}, {samples[column]} pictures: {', '.join(values)}")
+    late, early = losses["late"], losses["early"]
+    middle = late[:, 1:-1]
+    finding.check("late, the shallowest encoder loses to the best of the middle", late[:, 0] - middle.min(1))
+    finding.check("late, the deepest encoder loses to the best of the middle", late[:, -1] - middle.min(1))
+    spread = np.ptp(late.mean(0)[1:-1])
+    finding.check(
+        "late, the middle shapes differ less from each other than the worst from the best",
+        np.ptp(late, 1) - np.maximum(spread, np.ptp(middle, 1)),
+    )
+    finding.check("early, the shallowest encoder is ahead of the deepest", early[:, -1] - early[:, 0])
     return finding
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
 
 
 @dataclass
 class Grid:
-    """Final losses by size; parameters of the decoders, as activated, and of the encoders' blocks."""
+    """Results by size; parameters of the decoders, as activated, and of the encoders' blocks."""
 
     decoders: np.ndarray  # (D,)
     encoders: np.ndarray  # (E,)
-    losses: np.ndarray  # (D, E)
-    errors: np.ndarray  # (D, E)
+    losses: np.ndarray  # (S, D, E), at the end
+    needed: np.ndarray  # (S, D, E), pictures for a loss of TARGET
 
     @classmethod
     def read(cls, results: Sequence[Result]) -> "Grid":
         by_size = curves(results, lambda result: (setting("decoder")(result), setting("encoder")(result)))
-        parameters = {
-            (part, setting(part)(result)): result["parameters"][part]
-            for result in results
-            for part in ("decoder", "encoder")
-        }
-        last = [[by_size[decoder, encoder] for encoder in ENCODERS] for decoder in DECODERS]
+        grid = [[by_size[decoder, encoder] for encoder in ENCODERS] for decoder in DECODERS]
         return cls(
-            np.array([parameters["decoder", size] for size in DECODERS]),
-            np.array([parameters["encoder", size] for size in ENCODERS]),
-            np.array([[curve.mean[-1] for curve in row] for row in last]),
-            np.array([[curve.error[-1] for curve in row] for row in last]),
+            np.array([parameters_of(results, "decoder", size) for size in DECODERS]),
+            np.array([parameters_of(results, "encoder", size) for size in ENCODERS]),
+            np.moveaxis(np.array([[curve.losses[:, -1] for curve in row] for row in grid]), -1, 0),
+            np.moveaxis(np.array([[curve.samples_to_reach(TARGET) for curve in row] for row in grid]), -1, 0),
         )
 
     @property
     def rows(self) -> list[str]:
-        head = "final loss, LLM by encoder parameters: " + ", ".join(f"{count:,}" for count in self.encoders)
-        return [head] + [
-            f"{count:,}: " + ", ".join(f"{m:.3f} ± {e:.3f}" for m, e in zip(means, errors, strict=True))
-            for count, means, errors in zip(self.decoders, self.losses, self.errors, strict=True)
-        ]
+        mean, error, needed = self.losses.mean(0), half_interval(self.losses), self.needed.mean(0)
+        rows = ["columns, parameters of the encoder: " + ", ".join(f"{count:,}" for count in self.encoders)]
+        for index, count in enumerate(self.decoders):
+            values = (f"{m:.3f} ± {e:.3f}" for m, e in zip(mean[index], error[index], strict=True))
+            rows.append(f"final loss, LLM of {count:,}: {', '.join(values)}")
+        for index, count in enumerate(self.decoders):
+            rows.append(
+                f"pictures for a loss of {TARGET}, LLM of {count:,}: {', '.join(f'{x:.0f}' for x in needed[index])}"
+            )
+        return rows
+
+
+def parameters_of(results: Sequence[Result], part: str, size: tuple[int, int]) -> int:
+    return next(result["parameters"][part] for result in results if setting(part)(result) == size)
 
 
 def slopes(sizes: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Loss per doubling of the size, between neighbors."""
-    return np.diff(losses) / np.diff(np.log2(sizes))
+    """Losses (S, N) of N sizes -> (S, N - 1) change per doubling of the size, between neighbors."""
+    return np.diff(losses, axis=1) / np.diff(np.log2(sizes))
 
 
 def compare_scaling(results: Sequence[Result]) -> Finding:
     grid = Grid.read(results)
+    mean, error = grid.losses.mean(0), half_interval(grid.losses)
     figure, [llm_axes, encoder_axes] = panels(2, sharey=True)
+    style = {"marker": ".", "capsize": 2}
     for column, size in enumerate(grid.encoders):
-        llm_axes.errorbar(
-            grid.decoders,
-            grid.losses[:, column],
-            grid.errors[:, column],
-            label=f"encoder {size:,}",
-            marker=".",
-            capsize=2,
-        )
+        llm_axes.errorbar(grid.decoders, mean[:, column], error[:, column], label=f"encoder of {size:,}", **style)
     for row, size in enumerate(grid.decoders):
-        encoder_axes.errorbar(
-            grid.encoders, grid.losses[row], grid.errors[row], label=f"LLM {size:,}", marker=".", capsize=2
-        )
+        encoder_axes.errorbar(grid.encoders, mean[row], error[row], label=f"LLM of {size:,}", **style)
     llm_axes.set(xlabel="activated parameters of the LLM", ylabel="loss on held-out pictures", xscale="log")
     encoder_axes.set(xlabel="parameters of the encoder", xscale="log")
     llm_axes.legend()
     encoder_axes.legend()
-    llm = slopes(grid.decoders, grid.losses.mean(1))
-    encoder = slopes(grid.encoders, grid.losses.mean(0))
-    rows = [*grid.rows]
-    rows.append("change of loss per doubling of the LLM, mean of the encoders: " + ", ".join(f"{x:+.3f}" for x in llm))
-    rows.append(
-        "change of loss per doubling of the encoder, mean of the LLMs: " + ", ".join(f"{x:+.3f}" for x in encoder)
+    llm, encoder = slopes(grid.decoders, grid.losses.mean(2)), slopes(grid.encoders, grid.losses.mean(1))
+    finding = Finding(figure, grid.rows)
+    for name, steps in (("LLM, mean of the encoders", llm), ("encoder, mean of the LLMs", encoder)):
+        finding.rows.append(f"loss per doubling of the {name}: " + ", ".join(f"{step:+.4f}" for step in steps.mean(0)))
+    finding.check("a larger LLM lowers the loss at every step", -llm.max(1))
+    finding.check(
+        "log-linearly: the last doubling gains at least half as much as the first", llm[:, 0] / 2 - llm[:, -1]
     )
-    checks = {
-        "a larger LLM lowers the loss at every step": bool((llm < 0).all()),
-        "log-linearly: the last doubling of the LLM gains at least half as much as the first": bool(
-            llm[-1] < llm[0] / 2
-        ),
-        "a larger encoder saturates: its last doubling gains less than half of its first": bool(
-            encoder[-1] > encoder[0] / 2
-        ),
-    }
-    return Finding(figure, rows, checks)
+    finding.check(
+        "the largest encoder is better than the smallest", (grid.losses[..., 0] - grid.losses[..., -1]).mean(1)
+    )
+    finding.check(
+        "it saturates: the last doubling gains less than half of the first", encoder[:, -1] - encoder[:, 0] / 2
+    )
+    return finding
 
 
 def optimal_encoder(sizes: np.ndarray, losses: np.ndarray) -> float:
-    """The smallest size whose doubling gains less than GAIN of the smallest encoder's loss; the largest, if none.
+    """The smallest size whose doubling gains less than GAIN of the smallest encoder's loss.
 
-    Losses between the measured sizes are interpolated in log(size); the size is one of 200 between them.
+    Losses between the measured sizes are interpolated in log(size), at 200 sizes. Half of the largest, if no size fits.
     """
     x = np.log2(sizes)
     candidates = np.linspace(x[0], x[-1] - 1, 200)
     gains = np.interp(candidates, x, losses) - np.interp(candidates + 1, x, losses)
     good = np.flatnonzero(gains < GAIN * losses[0])
-    return float(2 ** candidates[good[0]]) if len(good) else math.inf
+    return float(2 ** candidates[good[0] if len(good) else -1])
 
 
 def compare_encoder_sizes(results: Sequence[Result]) -> Finding:
     grid = Grid.read(results)
-    best = np.array([optimal_encoder(grid.encoders, losses) for losses in grid.losses])
-    figure, [axes] = panels(1)
-    rows = [f"LLM {llm:,}: encoder {size:,.0f}" for llm, size in zip(grid.decoders, best, strict=True)]
-    found = np.isfinite(best)
-    axes.plot(grid.decoders[found], best[found], "o", label="smallest whose doubling gains < 1 %")
+    of_means = np.array([optimal_encoder(grid.encoders, losses) for losses in grid.losses.mean(0)])
+    of_seeds = np.array([[optimal_encoder(grid.encoders, losses) for losses in seed] for seed in grid.losses])
     law = np.array([auto_vision_size(count) for count in grid.decoders])
-    law_slope = float(np.polyfit(np.log(grid.decoders), np.log(law), 1)[0])
-    slope = math.nan
-    if found.sum() > 1:
-        slope, offset = np.polyfit(np.log(grid.decoders[found]), np.log(best[found]), 1)
-        axes.plot(grid.decoders, np.exp(offset) * grid.decoders**slope, "--", label=f"fit, slope {slope:.2f}")
+    sizes = np.log(grid.decoders)
+    slope, offset = np.polyfit(sizes, np.log(of_means), 1)
+    law_slope = float(np.polyfit(sizes, np.log(law), 1)[0])
+    figure, [axes] = panels(1)
+    axes.plot(grid.decoders, of_means, "o", label="smallest whose doubling gains < 1 %")
+    axes.plot(grid.decoders, np.exp(offset) * grid.decoders**slope, "--", label=f"fit, slope {slope:.2f}")
     axes.plot(grid.decoders, law, ":", label=f"--vision-size auto, slope {law_slope:.2f}")
-    axes.set(
-        xlabel="activated parameters of the LLM", ylabel="parameters of the optimal encoder", xscale="log", yscale="log"
-    )
+    axes.set(xlabel="activated parameters of the LLM", ylabel="parameters of the optimal encoder")
+    axes.set(xscale="log", yscale="log")
     axes.legend()
-    rows.append(f"slope on logarithmic axes: {slope:.2f}; of --vision-size auto: {law_slope:.2f}")
-    return Finding(figure, rows, {"the optimal encoder grows with the LLM": bool(slope > 0)})
+    rows = [f"LLM of {llm:,}: encoder of {size:,.0f}" for llm, size in zip(grid.decoders, of_means, strict=True)]
+    rows.append(f"slope on logarithmic axes: {slope:.2f}; that of --vision-size auto: {law_slope:.2f}")
+    finding = Finding(figure, rows)
+    seed_slopes = np.polyfit(sizes, np.log(of_seeds).T, 1)[0]
+    finding.check("the optimal encoder grows with the LLM (slope, fitted for each seed)", seed_slopes)
+    return finding
 
 
 ANALYSES: dict[str, Callable[[Sequence[Result]], Finding]] = {
