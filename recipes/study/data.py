@@ -30,7 +30,7 @@ def build_study_processor() -> NaViLProcessor:
     config = build_config(tokenizer)
     config.min_dynamic_patch, config.max_dynamic_patch = 1, MAX_PATCHES
     processor = build_processor(tokenizer, config)
-    processor.image_processor.multi_scale = False
+    processor.multi_scale = False
     return processor
 
 
