@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 from conftest import ROOT, recorded_image, refused
+from fuzzing import fuzz, texts
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageColor, ImageFont
 
 from navil import LabeledBox, draw_boxes
@@ -44,6 +47,22 @@ def test_boxes_that_are_found(answer, expected):
     boxes, picture = draw_boxes(BLANK, answer)
     assert boxes == expected and all(isinstance(box, LabeledBox) for box in boxes)
     assert (picture.tobytes() == BLANK.tobytes()) == (not expected)
+
+
+PIECES = ("<ref>", "</ref>", "<box>", "</box>", "[", "]", "[[", "]]", ", ", "-", ".5", "\n", "cat", "1e9")
+ANSWERS = st.lists(st.one_of(st.sampled_from(PIECES), st.integers(0, 1100).map(str), texts), max_size=30).map("".join)
+QUADRUPLES = st.lists(st.integers(-50, 1050), min_size=4, max_size=4).map(lambda numbers: f"[{numbers}]")
+
+
+@fuzz
+@given(
+    answer=st.lists(st.one_of(ANSWERS, QUADRUPLES), max_size=4).map("".join),
+    size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+)
+def test_any_answer_gives_boxes_inside_the_picture(answer, size):
+    boxes, picture = draw_boxes(Image.new("RGB", size), answer)
+    assert picture.size == size
+    assert all(0 <= box.left < box.right <= size[0] and 0 <= box.upper < box.lower <= size[1] for box in boxes)
 
 
 def test_the_outline_lies_on_the_box_and_inside_stays():
