@@ -15,6 +15,7 @@ from transformers.generation import BaseStreamer, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .image_processing_navil import IMAGE_INPUTS, ImagePlan, count_slot_tokens, flatten_images
+from .processing_navil import draw_boxes
 from .tokenization_navil import (
     END_OF_TURN,
     IMAGE_END_TOKEN,
@@ -140,6 +141,8 @@ class NaViLChatSession:
 
 class NaViLChat:
     """`chat`, `batch_chat` and `chat_session` of `NaViLForConditionalGeneration`, a thin layer on its `generate`."""
+
+    draw_boxes = staticmethod(draw_boxes)
 
     def chat(
         self,

@@ -1,19 +1,25 @@
-"""Processor of NaViL: images and prompts, or chat messages, to inputs for `model.generate(**inputs)`."""
+"""Processor of NaViL: images and prompts, or chat messages, to inputs for `model.generate(**inputs)`.
+
+And back: `draw_boxes` finds the boxes in an answer and draws them on the picture.
+"""
 
 import inspect
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import BatchEncoding
 
-from .image_processing_navil import NaViLImageProcessor, flatten_images, whole_number
+from .image_processing_navil import NaViLImageProcessor, flatten_images, load_image, whole_number
 from .tokenization_navil import (
     IMAGE_PLACEHOLDER,
     check_keywords,
@@ -380,6 +386,99 @@ def document_inputs(rows: Sequence[Sequence[Conversation]]) -> dict[str, Tensor 
     positions = torch.cat([torch.arange(length) for length in flat]).view(len(rows), longest)
     both = {"cu_seq_lens": offsets, "max_length": max(flat)}
     return {"position_ids": positions, **{f"{name}_{part}": x for name, x in both.items() for part in "qk"}}
+
+
+# -- boxes of an answer ------------------------------------------------------------------------------------------------
+
+BOX_UNITS = 1000  # coordinates are thousandths of the picture's width and height
+BOX = re.compile(r"\[\s*{0}\s*,\s*{0}\s*,\s*{0}\s*,\s*{0}\s*\]".format(r"(\d+(?:\.\d+)?)"))
+BOX_LIST = re.compile(r"(?:<box>|\[)\s*\[[-\d\s,.\[\]]*\]")
+GROUNDING_TAG = re.compile(r"</?(?:ref|box)>")
+BOX_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#7f5f00", "#5b4db1")
+
+
+class LabeledBox(NamedTuple):
+    """A box in pixels of the upright picture, as Pillow's `crop` takes it: `right` and `lower` lie just outside."""
+
+    label: str
+    left: int
+    upper: int
+    right: int
+    lower: int
+
+
+def draw_boxes(image: Any, answer: str, font: Any = None) -> tuple[list[LabeledBox], Image.Image]:
+    """Finds the boxes of an answer and draws them with their labels.
+
+    An answer has `<ref>label</ref><box>[[x1, y1, x2, y2], ...]</box>`, in thousandths of the picture's width and
+    height. The tags may be missing: released tokenizers count them as special tokens, which `chat` leaves out. The
+    label of a box without `<ref>` is the text in front of it in its line. Anything else is no box and is ignored: fewer
+    than four numbers, a number below 0 or above 1000, x1 > x2, y1 > y2, and the last box of an answer that was cut off
+    in it.
+
+    Args:
+        image: the picture of the question, in any form that the image processor reads. It is not changed.
+        answer: of the model.
+        font: a Pillow font for the labels; None is Pillow's own, which lacks Chinese and most other scripts.
+
+    Returns:
+        The boxes in the order of the answer, at least a pixel wide and high; and a new picture, upright and in RGB.
+
+    Raises:
+        ValueError: an unreadable image.
+        TypeError: an answer that is not text.
+    """
+    if not isinstance(answer, str):
+        raise TypeError(f"answer must be a text, got {answer!r:.80}")
+    picture = load_image(image).copy()
+    boxes = [_in_pixels(label, corners, picture.size) for label, corners in find_boxes(answer)]
+    side = math.sqrt(math.prod(picture.size))
+    font = ImageFont.load_default(max(10, round(side / 25))) if font is None else font
+    labels = list(dict.fromkeys(box.label for box in boxes))
+    for box in boxes:
+        color = BOX_COLORS[labels.index(box.label) % len(BOX_COLORS)]
+        _draw_box(picture, box, color, max(2, round(side / 200)), font)
+    return boxes, picture
+
+
+def find_boxes(answer: str) -> Iterator[tuple[str, list[float]]]:
+    """The label and the corners, x1, y1, x2 and y2 in thousandths, of each box as `draw_boxes` describes it."""
+    end = 0
+    for found in BOX_LIST.finditer(answer):
+        label = _label_at_the_end(answer[end : found.start()])
+        end = found.end()
+        for match in BOX.finditer(found[0]):
+            x1, y1, x2, y2 = map(float, match.groups())
+            if x1 <= x2 <= BOX_UNITS and y1 <= y2 <= BOX_UNITS:
+                yield label, [x1, y1, x2, y2]
+
+
+def _label_at_the_end(text: str) -> str:
+    """The label of a box behind `text`, which begins behind the box before."""
+    _, tag, named = text.rpartition("<ref>")
+    label = named.partition("</ref>")[0] if tag else GROUNDING_TAG.sub("", text).rpartition("\n")[2]
+    return " ".join(label.split()).strip(" ,;:.")
+
+
+def _in_pixels(label: str, corners: Sequence[float], size: tuple[int, int]) -> LabeledBox:
+    """A box in pixels of a picture of (width, height) `size`."""
+    x1, y1, x2, y2 = (round(side * value / BOX_UNITS) for side, value in zip(2 * size, corners, strict=True))
+    left, upper = min(x1, size[0] - 1), min(y1, size[1] - 1)
+    return LabeledBox(label, left, upper, max(x2, left + 1), max(y2, upper + 1))
+
+
+def _draw_box(picture: Image.Image, box: LabeledBox, color: str, width: int, font: Any) -> None:
+    """An outline inside the box, and its label: above the box, or in its corner if there is no room above."""
+    canvas = ImageDraw.Draw(picture)
+    canvas.rectangle((box.left, box.upper, box.right - 1, box.lower - 1), outline=color, width=width)
+    if not box.label:
+        return
+    x1, y1, x2, y2 = canvas.textbbox((0, 0), box.label, font=font)
+    wide, high = math.ceil(x2 - x1) + 2 * width, math.ceil(y2 - y1) + 2 * width
+    left = max(0, min(box.left, picture.width - wide))
+    upper = box.upper - high if box.upper >= high else box.upper
+    canvas.rectangle((left, upper, left + wide - 1, upper + high - 1), fill=color)
+    canvas.text((left + width - x1, upper + width - y1), box.label, fill="white", font=font)
 
 
 NaViLProcessor.register_for_auto_class()
