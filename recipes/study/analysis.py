@@ -185,10 +185,8 @@ def compare_experts(results: Sequence[Result]) -> Finding:
     for other, name in ((none, "none"), (ffn, "FFN experts alone")):
         claim = f"attention and FFN experts reach a lower final loss than {name}"
         finding.check(claim, other.losses[:, -1] - both.losses[:, -1])
-        needed = [np.log(curve.samples_to_reach(TARGET)) for curve in (other, both)]
-        finding.check(
-            f"they need fewer pictures for a loss of {TARGET} than {name} (log factor)", needed[0] - needed[1]
-        )
+        claim = f"they need fewer pictures for a loss of {TARGET} than {name} (log factor)"
+        finding.check(claim, other.log_samples() - both.log_samples())
     distances = [np.abs(gaps[experts]).mean(1) for experts in EXPERTS[1:]]
     finding.check("FFN experts alone leave a wider gap in feature scale (mean log)", distances[0] - distances[1])
     return finding
