@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from threading import Event
@@ -25,7 +26,7 @@ from PIL import Image, ImageOps
 from transformers import AutoModel, AutoProcessor, StoppingCriteriaList, TextIteratorStreamer
 from transformers.generation import BaseStreamer
 
-from demo import EMBEDDED, best_device
+from demo import EMBEDDED, ERRORS, best_device
 from examples.attention_maps import compute_maps, draw_token
 from navil import draw_boxes
 from navil.image_processing_navil import ImagePlan, count_slot_tokens, load_image
@@ -50,9 +51,13 @@ MAX_DECODED_PIXELS = 50_000_000  # of a picture
 MAX_QUESTIONS, MAX_PICTURES = 20, 8  # of a conversation
 MAX_CHARACTERS = 20_000  # of a question
 MAX_WAITING = 16  # requests in the queue
-FILE_AGE = 3600  # seconds after which uploads and drawings are deleted
+DELETION = 3600, 86_400  # seconds: each hour, uploads and drawings that are a day old
 LOOK_PIXELS, LOOK_TOKENS = 768 * 768, 64  # of the picture and of the answer whose attention is drawn
 LOOK_SIDE = 384  # of a drawing, in pixels
+STYLE = """
+#attention .grid-container { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) }
+.message-buttons [aria-label=Share] { display: none }
+"""
 
 Settings = dict[str, Any]
 
@@ -136,11 +141,11 @@ def draw_to_file(pictures: Sequence[str], answer: str) -> str | None:
 def scales_table(plan: ImagePlan, cell: int) -> str:
     """Markdown: size and visual tokens of each scale of a picture, and the picture's tokens in the prompt."""
     rows = [
-        f"| {index} | {width} x {height} | {math.ceil(height / cell) * math.ceil(width / cell)} |"
+        f"| {index} | {width}x{height} | {math.ceil(height / cell) * math.ceil(width / cell)} |"
         for index, (height, width) in enumerate(plan.scales, 1)
     ]
-    total = f"| all, with the ends of rows and scales | | {count_slot_tokens(plan.scales, cell)} |"
-    return "\n".join(["| scale | pixels | tokens of the prompt |", "|---|---|---|", *rows, total])
+    total = f"| in the prompt, with the ends of rows and scales | | {count_slot_tokens(plan.scales, cell)} |"
+    return "\n".join(["| scale | size | tokens |", "|---|---|---|", *rows, total])
 
 
 def display(turns: Sequence[Turn]) -> list[dict[str, Any]]:
@@ -171,7 +176,7 @@ def told_to_the_visitor(pictures: Sequence[str] = ()) -> Iterator[None]:
     """Shows the sentence of an error on the page, with the names of the pictures instead of their paths."""
     try:
         yield
-    except (ValueError, TypeError, OSError, torch.OutOfMemoryError) as error:
+    except ERRORS as error:
         sentence = str(error)
         for picture in pictures:
             sentence = sentence.replace(picture, Path(picture).name)
@@ -282,7 +287,8 @@ def build_page(server: Server) -> gr.Blocks:
     on_model = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
     at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     box = {"file_types": PICTURE_TYPES, "max_plain_text_length": MAX_CHARACTERS, "show_label": False}
-    with gr.Blocks(title="NaViL", analytics_enabled=False, delete_cache=(FILE_AGE, FILE_AGE)) as page:
+    gr.set_static_paths([picture for example in EXAMPLES for picture in example["files"]])
+    with gr.Blocks(title="NaViL", analytics_enabled=False, delete_cache=DELETION) as page:
         turns, asked = gr.State([]), gr.State()
         gr.Markdown(
             "# NaViL\nA native multimodal LLM ([paper](https://arxiv.org/abs/2510.08565)): it answers questions about "
@@ -290,7 +296,7 @@ def build_page(server: Server) -> gr.Blocks:
         )
         with gr.Tab("Chat"):
             chat = gr.Chatbot(
-                examples=EXAMPLES, render_markdown=False, height="65dvh", show_label=False, buttons=["copy"]
+                examples=deepcopy(EXAMPLES), render_markdown=False, height="65dvh", show_label=False, buttons=["copy"]
             )
             question = gr.MultimodalTextbox(file_count="multiple", placeholder="Ask about pictures", **box)
         with gr.Tab("Where it looks") as attention:
@@ -299,7 +305,7 @@ def build_page(server: Server) -> gr.Blocks:
                 "Below: what each token of the answer looked at, from black for nothing to yellow for the most."
             )
             answer = gr.Textbox(label="Answer", interactive=False)
-            gallery = gr.Gallery(show_label=False, columns=4, format="png", buttons=["fullscreen"])
+            gallery = gr.Gallery(show_label=False, elem_id="attention", format="png", buttons=["fullscreen"])
             scales = gr.Markdown()
         with gr.Accordion("Model and settings", open=False):
             model = gr.Dropdown(server.models, label="Model", allow_custom_value=server.any_model)
@@ -353,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     server = Server(options.model or [TINY], options.any_model)
     try:
         server.load(server.models[0])
-    except (ValueError, OSError) as error:
+    except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     build_page(server).queue(max_size=MAX_WAITING).launch(
@@ -363,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         share=False,
         ssr_mode=False,
         footer_links=[],
+        css=STYLE,
     )
     return 0
 
