@@ -231,7 +231,7 @@ class Server:
         """Streams the answer: chat, turns, input box."""
         stop = self.stops.setdefault(request.session_hash, Event())
         generation = {"max_new_tokens": int(max_new_tokens), "do_sample": temperature > 0}
-        generation |= {"temperature": temperature} if temperature > 0 else {}
+        generation |= {"temperature": float(temperature)} if temperature > 0 else {}
         generation["stopping_criteria"] = StoppingCriteriaList([lambda *_, **__: stop.is_set()])
         try:
             with told_to_the_visitor(asked.pictures):
@@ -317,8 +317,9 @@ def build_page(server: Server) -> gr.Blocks:
             max_new_tokens = gr.Slider(1, 1024, 256, step=1, label="Tokens of an answer, at most")
 
         settings = [model, megapixels, multi_scale, temperature, max_new_tokens]
+        streaming = on_model | {"show_progress": "minimal", "show_progress_on": chat}
         accepted = question.submit(server.accept, [question, turns], [chat, question, asked], **at_once)
-        replied = accepted.success(server.reply, [asked, turns, *settings], [chat, turns, question], **on_model)
+        replied = accepted.success(server.reply, [asked, turns, *settings], [chat, turns, question], **streaming)
         replied.failure(server.take_back, [asked, turns], [chat, question], **at_once)
         question.stop(server.stop, **at_once)
         chat.clear(server.clear, None, [turns, question], cancels=[replied], **at_once)
@@ -360,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         server.load(server.models[0])
     except ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: cannot load {server.models[0]!r}: {error}", file=sys.stderr)
         return 1
     build_page(server).queue(max_size=MAX_WAITING).launch(
         server_name=options.host or ("0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1"),
