@@ -168,7 +168,12 @@ def input_box(is_waiting: bool = False, **value: Settings | None) -> gr.Multimod
 def last_question(turns: list[Turn]) -> Settings:
     """The conversation's last question, if it had a picture, for the input box of the attention."""
     [*_, last] = turns or [Turn("", ())]
-    return {"text": last.text, "files": list(last.pictures)} if last.pictures else gr.skip()
+    return as_message(last) if last.pictures else gr.skip()
+
+
+def as_message(asked: Turn) -> Settings:
+    """A question in the form of the input box's value."""
+    return {"text": asked.text, "files": list(asked.pictures)}
 
 
 @contextmanager
@@ -234,6 +239,9 @@ class Server:
         generation |= {"temperature": float(temperature)} if temperature > 0 else {}
         generation["stopping_criteria"] = StoppingCriteriaList([lambda *_, **__: stop.is_set()])
         try:
+            if stop.is_set():  # while the question waited
+                yield display(turns), turns, input_box(value=as_message(asked))
+                return
             with told_to_the_visitor(asked.pictures):
                 assistant = self.worker.submit(self.load, model).result()
                 streamer = TextIteratorStreamer(
@@ -249,7 +257,7 @@ class Server:
                 turns = [*turns, running.result()]
             yield display(turns), turns, input_box()
         finally:
-            self.stop(request)  # also if the visitor has left
+            self.leave(request)  # also if the visitor has closed the page
 
     def look(self, message: Settings, model: str, megapixels: float, multi_scale: bool) -> tuple[Any, ...]:
         """As `Assistant.look`."""
@@ -263,17 +271,22 @@ class Server:
 
     def stop(self, request: gr.Request) -> None:
         """Ends the visitor's answer after its next token."""
-        if stop := self.stops.pop(request.session_hash, None):
+        if stop := self.stops.get(request.session_hash):
             stop.set()
+
+    def leave(self, request: gr.Request) -> None:
+        """Ends the visitor's answer, if there is one, and forgets it."""
+        self.stop(request)
+        self.stops.pop(request.session_hash, None)
 
     def take_back(self, asked: Turn, turns: list[Turn], request: gr.Request) -> tuple[Any, ...]:
         """After an error, puts the question back into its input box: chat, input box."""
-        self.stop(request)
-        return display(turns), input_box(value={"text": asked.text, "files": list(asked.pictures)})
+        self.leave(request)
+        return display(turns), input_box(value=as_message(asked))
 
     def clear(self, request: gr.Request) -> tuple[Any, ...]:
         """Ends the conversation: turns, input box."""
-        self.stop(request)
+        self.leave(request)
         return [], input_box()
 
 
@@ -324,7 +337,7 @@ def build_page(server: Server) -> gr.Blocks:
         question.stop(server.stop, **at_once)
         chat.clear(server.clear, None, [turns, question], cancels=[replied], **at_once)
         chat.example_select(pick_example, None, question, **at_once)
-        page.unload(server.stop)
+        page.unload(server.leave)
         attention.select(last_question, turns, looked, **at_once)
         looked.submit(server.look, [looked, *settings[:3]], [answer, gallery, scales], **on_model)
     return page

@@ -147,6 +147,14 @@ def test_stop_ends_the_generation(server):
     assert server.stops == {}
 
 
+def test_a_question_that_is_stopped_while_it_waits_is_not_asked(server):
+    chat, _, asked = server.accept({"text": "What?", "files": [BOX]}, [], VISITOR)
+    assert [message["role"] for message in chat] == ["user", "user"]
+    server.stop(VISITOR)
+    [(chat, turns, box)] = server.reply(asked, [], TINY, 0, True, 0, 64, VISITOR)
+    assert chat == turns == [] and box.constructor_args["value"] == {"text": "What?", "files": [BOX]}
+
+
 def test_a_visitor_who_leaves_ends_the_generation(server):
     model = server.models[1]
     *_, asked = server.accept({"text": "What?", "files": []}, [], VISITOR)
@@ -240,15 +248,29 @@ def large_png(width: int, height: int) -> bytes:
 # -- the running page --------------------------------------------------------------------------------------------------
 
 
+SLOW_PAGE = """
+import sys, time
+import app
+
+class SlowStreamer(app.TextIteratorStreamer):
+    def put(self, value):
+        time.sleep(0.02)  # a token, so that a visitor can stop an answer
+        super().put(value)
+
+app.TextIteratorStreamer = SlowStreamer
+sys.exit(app.main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture(scope="module")
 def address(recordings, tmp_path_factory):
     """Of a page with `tiny` and the model that does not end its answers."""
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("page") / "log"
-    command = [sys.executable, str(ROOT / "app.py"), "--port", str(port)]
+    command = [sys.executable, "-c", SLOW_PAGE, "--port", str(port)]
     command += ["--model", TINY, "--model", str(recordings["internlm2"].folder)]
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(log.parent)}
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(log.parent), "PYTHONPATH": str(ROOT)}
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
         try:
             wait_for(lambda: process.poll() is not None or "Running on" in log.read_text(), 300)
@@ -385,7 +407,6 @@ def test_a_visitor_sees_the_box(visit):
 def test_a_visitor_stops_an_answer_and_asks_on(visit):
     visitor = visit()
     visitor.choose_model(1)
-    visitor.page.get_by_label("Tokens of an answer, at most").first.fill("1024")
     visitor.submit("What?")
     visitor.answers.first.wait_for()
     visitor.page.locator(".stop-button").click()
