@@ -417,6 +417,31 @@ def test_lora_trains_its_experts_alone_merges_and_reloads(recordings, conversati
     assert answers[0] == answers[1]
 
 
+def test_dora_trains_magnitudes_merges_and_reloads(recordings, conversations, tmp_path):
+    peft, recording = pytest.importorskip("peft"), recordings["qwen3"]
+    options = ["--model", str(recording.folder), "--data", str(conversations), "--output", str(tmp_path / "out")]
+    settings = ["--steps", "2", "--lora", "both", "--dora", "--lora-rank", "4", "--learning-rate", "0.01"]
+    assert finetune.main([*options, *settings]) == 0
+    adapter = tmp_path / "out" / "adapter"
+    saved, merged = load_file(adapter / "adapter_model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before = load_file(recording.folder / "model.safetensors")
+    prefix, suffix = "base_model.model.", ".lora_magnitude_vector"
+    magnitudes = {name.removeprefix(prefix).removesuffix(suffix): saved[name] for name in saved if suffix in name}
+    assert magnitudes.keys() == {
+        name.removesuffix(".weight") for name in before if re.search(r"\.(text|visual)\.\w+_proj\.", name)
+    }
+    for name, magnitude in magnitudes.items():  # the length of each row, which LoRA has no parameter for
+        assert torch.allclose(merged[f"{name}.weight"].norm(dim=1), magnitude, rtol=1e-4)
+    lengths = {name: before[f"{name}.weight"].norm(dim=1) for name in magnitudes}
+    assert any(relative_error(magnitudes[name], length) > 1e-3 for name, length in lengths.items())
+    inputs, reloaded = recording.inputs("single"), load_model(tmp_path / "out")
+    adapted = peft.PeftModel.from_pretrained(load_model(recording.folder), adapter).eval()
+    with torch.no_grad():
+        logits = reloaded(**inputs).logits
+        assert relative_error(adapted(**inputs).logits, logits) < 1e-5
+        assert relative_error(recording.model(**inputs).logits, logits) > 1e-3
+
+
 # -- two processes -----------------------------------------------------------------------------------------------------
 
 
