@@ -238,6 +238,12 @@ def test_an_unknown_model_is_said_before_the_page_opens(monkeypatch, capsys):
     assert "no/such-model" in capsys.readouterr().err
 
 
+def test_the_extra_names_what_the_requirements_do():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["app"]
+    assert (ROOT / "requirements-app.txt").read_text().split("\n") == ["-r requirements.txt", *extra, ""]
+
+
 def large_png(width: int, height: int) -> bytes:
     """A PNG file of one color, far smaller than its pixels."""
     content = io.BytesIO()
@@ -444,6 +450,14 @@ def test_a_visitor_begins_a_new_conversation(visit):
     visitor.answers.first.wait_for(state="detached")
     visitor.submit("What does the text say?", TEXT)
     assert visitor.read_answer() == "83"
+
+
+def test_markup_is_shown_as_text(visit):
+    visitor, text = visit(), "![a](http://picture.invalid/a.png) <b>bold</b> <img src=http://picture.invalid/b.png>"
+    visitor.submit(text)
+    visitor.read_answer()
+    assert visitor.page.locator(".user.message").inner_text().strip() == text
+    assert visitor.foreign == []
 
 
 def test_a_visitor_sees_where_the_model_looks(visit):
