@@ -54,6 +54,7 @@ MAX_WAITING = 16  # requests in the queue
 DELETION = 3600, 86_400  # seconds: each hour, uploads and drawings that are a day old
 LOOK_PIXELS, LOOK_TOKENS = 768 * 768, 64  # of the picture and of the answer whose attention is drawn
 LOOK_SIDE = 384  # of a drawing, in pixels
+EMPTY_ANSWER = "(the model gave an empty answer)"
 STYLE = """
 #attention .grid-container { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)) }
 .message-buttons [aria-label=Share] { display: none }
@@ -149,11 +150,11 @@ def scales_table(plan: ImagePlan, cell: int) -> str:
 
 
 def display(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """The turns as messages of Gradio's chat."""
+    """The turns as messages of Gradio's chat, which shows HTML unless it is escaped."""
     messages = []
     for turn in turns:
-        asked = [*({"path": picture} for picture in turn.pictures), turn.text]
-        said = [] if turn.answer is None else [turn.answer or "(the model gave an empty answer)"]
+        asked = [*({"path": picture} for picture in turn.pictures), html.escape(turn.text, quote=False)]
+        said = [] if turn.answer is None else [html.escape(turn.answer or EMPTY_ANSWER, quote=False)]
         said += [{"path": turn.drawing}] if turn.drawing else []
         messages += [{"role": "user", "content": content} for content in asked]
         messages += [{"role": "assistant", "content": content} for content in said]
@@ -309,7 +310,7 @@ def build_page(server: Server) -> gr.Blocks:
         )
         with gr.Tab("Chat"):
             chat = gr.Chatbot(
-                examples=deepcopy(EXAMPLES), render_markdown=False, height="65dvh", show_label=False, buttons=["copy"]
+                examples=deepcopy(EXAMPLES), render_markdown=False, height="65dvh", show_label=False, buttons=[]
             )
             question = gr.MultimodalTextbox(file_count="multiple", placeholder="Ask about pictures", **box)
         with gr.Tab("Where it looks") as attention:

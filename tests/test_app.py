@@ -1,6 +1,7 @@
 """The page: its answers, limits and errors; and, where a Chromium is installed, what a visitor sees in it."""
 
 import base64
+import html
 import io
 import os
 import re
@@ -58,7 +59,7 @@ def test_examples_are_answered_as_chat_does(server, tiny):
 
 def test_answers_stream_piece_by_piece(server):
     steps = ask(server, "Where is the green circle?", [BOX])
-    shown = [chat[-1]["content"] for chat, *_ in steps[:-1] if chat[-1]["role"] == "assistant"]
+    shown = [html.unescape(chat[-1]["content"]) for chat, *_ in steps[:-1] if chat[-1]["role"] == "assistant"]
     assert len(shown) > 2 and all(BOX_ANSWER.startswith(text) for text in shown)
     assert shown == sorted(shown, key=len) and [turns for _, turns, _ in steps[:-1]] == [[]] * (len(steps) - 1)
 
@@ -142,7 +143,7 @@ def test_stop_ends_the_generation(server):
     server.stop(VISITOR)
     *_, (chat, [turn], _) = reply
     session = server.load(model).session
-    assert turn.answer and chat[-1]["content"] == turn.answer
+    assert turn.answer and html.unescape(chat[-1]["content"]) == turn.answer
     assert session._cached_ids.numel() - session.num_prefilled < 512  # of 1024 tokens
     assert server.stops == {}
 
@@ -286,7 +287,7 @@ def address(recordings, tmp_path_factory):
             process.terminate()
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -315,6 +316,9 @@ def test_a_large_upload_is_refused(address):
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------
+
+
+PENDING = "Loading content"  # the message that stands in the place of an answer until its first token
 
 
 @pytest.fixture(scope="module")
@@ -371,9 +375,13 @@ class Visitor:
 
     def read_answer(self, number: int = 1) -> str:
         """The text of an answer when it is whole."""
-        self.answers.nth(number - 1).wait_for()
-        self.page.locator(".stop-button").wait_for(state="hidden")
+        wait_for(lambda: self.is_answered(number))
         return self.answers.nth(number - 1).inner_text().strip()
+
+    def is_answered(self, number: int) -> bool:
+        texts = self.answers.all_inner_texts()
+        is_busy = PENDING in texts or self.page.locator(".stop-button").count() > 0
+        return len(texts) >= number and not is_busy
 
     def choose_model(self, number: int) -> None:
         self.page.get_by_text("Model and settings").click()
@@ -414,7 +422,7 @@ def test_a_visitor_stops_an_answer_and_asks_on(visit):
     visitor = visit()
     visitor.choose_model(1)
     visitor.submit("What?")
-    visitor.answers.first.wait_for()
+    wait_for(lambda: visitor.answers.all_inner_texts() not in ([], [PENDING]))
     visitor.page.locator(".stop-button").click()
     stopped = visitor.read_answer()
     visitor.submit("And?")
@@ -453,7 +461,7 @@ def test_a_visitor_begins_a_new_conversation(visit):
 
 
 def test_markup_is_shown_as_text(visit):
-    visitor, text = visit(), "![a](http://picture.invalid/a.png) <b>bold</b> <img src=http://picture.invalid/b.png>"
+    visitor, text = visit(), "![a](http://picture.invalid/a.png) <b>&amp;</b>\n<img src=http://picture.invalid/b.png>"
     visitor.submit(text)
     visitor.read_answer()
     assert visitor.page.locator(".user.message").inner_text().strip() == text
