@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -26,6 +27,7 @@ from transformers import AutoModel, AutoProcessor
 ROOT = Path(__file__).resolve().parent.parent
 TEXT_COLOR, IMAGE_COLOR = (0.12, 0.47, 0.71), (0.17, 0.63, 0.17)
 MAX_PANELS = 6
+OPACITY = 0.65  # of the attention over the picture
 
 
 @dataclass
@@ -82,15 +84,22 @@ def cell_places(slots: np.ndarray, grids: Sequence[Sequence[int]], config: Any, 
 
 
 @torch.no_grad()
-def compute_maps(model: Any, processor: Any, image: Image.Image, question: str, max_new_tokens: int) -> AttentionMaps:
+def compute_maps(
+    model: Any, processor: Any, image: Image.Image, question: str, max_new_tokens: int, **pixels: Any
+) -> AttentionMaps:
     """Asks about the picture, greedily, then runs question and answer once more and keeps all attention weights.
+
+    Args:
+        pixels: settings of `NaViLImageProcessor.plan`, such as `max_pixels`. The weights need memory that grows with
+            the square of the tokens.
 
     Raises:
         ValueError: the model answers nothing.
     """
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    pixels = {"multi_scale": processor.multi_scale, **pixels}
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt", **pixels
     ).to(model.device)
     prompt_length = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -102,7 +111,7 @@ def compute_maps(model: Any, processor: Any, image: Image.Image, question: str, 
     attentions = model(ids, **images, output_attentions=True).attentions
 
     vision, settings = model.config.vision_config, processor.image_processor
-    [plan] = settings.plan(image, multi_scale=True)
+    [plan] = settings.plan(image, **pixels)
     slots = (ids[0] == model.config.image_token_id).nonzero().flatten().cpu().numpy()
     return AttentionMaps(
         weights=torch.stack([layer[0].float().mean(0).cpu() for layer in attentions]).numpy(),
@@ -136,6 +145,14 @@ def draw_layers(maps: AttentionMaps, layers: Sequence[int]) -> Figure:
     return figure
 
 
+def draw_token(maps: AttentionMaps, token: int, image: Image.Image) -> Image.Image:
+    """The picture in gray, and over it what an answer token looked at: black for nothing, yellow for the most."""
+    gray = np.asarray(image.convert("L"))[..., None]
+    heat = maps.heat(token, image.height, image.width)
+    colors = 255 * colormaps["inferno"](heat / max(heat.max(), np.finfo(heat.dtype).tiny))[..., :3]
+    return Image.fromarray(((1 - OPACITY) * gray + OPACITY * colors).round().astype(np.uint8))
+
+
 def draw_answer(maps: AttentionMaps, image: Image.Image) -> Figure:
     """The picture, and over it what each of the first answer tokens looked at."""
     tokens = range(min(len(maps.answer), MAX_PANELS))
@@ -144,9 +161,7 @@ def draw_answer(maps: AttentionMaps, image: Image.Image) -> Figure:
     panels[0].imshow(image)
     panels[0].set_title("picture", fontsize=10)
     for panel, token in zip(panels[1:], tokens, strict=True):
-        heat = maps.heat(token, image.height, image.width)
-        panel.imshow(image.convert("L"), cmap="gray")
-        panel.imshow(heat, cmap="inferno", vmin=0, alpha=0.65)
+        panel.imshow(draw_token(maps, token, image))
         panel.set_title(f"{maps.answer[token]!r}", fontsize=10)
     for panel in panels:
         panel.set_axis_off()
