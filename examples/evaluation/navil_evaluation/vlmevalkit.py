@@ -6,6 +6,7 @@ Everything but the options below is the kit's own: `--data`, `--work-dir`, `--mo
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -66,11 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, kit_arguments = build_parser().parse_known_args(arguments)
     make_torchvision_importable()
     from vlmeval.config import supported_VLM
-    from vlmeval.dataset import ImageVQADataset
+    from vlmeval.dataset import DATASET_CLASSES
     from vlmeval.run import main as run_kit
 
+    logging.getLogger("vlmeval.api.gpt").addFilter(lambda record: "API Key" not in record.getMessage())
     if options.own_data:
-        ImageVQADataset.DATASET_MD5 = {}
+        for kind in DATASET_CLASSES:
+            kind.DATASET_MD5 = {}
     supported_VLM["NaViL"] = partial(
         wrapper_class(),
         options.model_path,
