@@ -28,7 +28,7 @@ from .kit import (
     read_status,
 )
 from .plan import KEY, SERVER, Step, describe, judge_problem, make_steps, runnable
-from .rows import average_sentence, other_table, published_table
+from .rows import PUBLISHED, average_sentence, other_table, published_table
 
 KIT = "ms-vlmeval"
 
@@ -67,17 +67,20 @@ def read_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the answers depend on.
 
     Raises:
-        ValueError: the model folder has no config.json.
+        ValueError: the model folder has no config.json, or own data have no folder.
     """
     folder = (options.model_path / options.subfolder).resolve()
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model-path must be a model folder; there is no {folder / 'config.json'}")
     weights = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in folder.glob("*.safetensors")}
-    names = ("max_new_tokens", "plain_prompt", "own_data", "limit")
+    if options.own_data and "LMUData" not in os.environ:
+        raise ValueError("--own-data takes the TSV files of the folder in the variable LMUData: set it")
+    names = ("max_new_tokens", "plain_prompt", "limit")
     return {
         "model": str(folder),
         "weights": dict(sorted(weights.items())),  # bytes, time of change in ns
         "kit": f"{KIT} {version(KIT)}",
+        "own_data": os.environ["LMUData"] if options.own_data else None,
         **{name: getattr(options, name) for name in names},
     }
 
@@ -130,6 +133,7 @@ def write_report(name: str, metrics: Mapping[str, float], notes: Sequence[str], 
     is_complete = all(benchmark.name in metrics for benchmark in AVERAGED)
     average = mean_normalized(metrics) if is_complete else None
     result = {"model": name, "average": average, "metrics": metrics, "notes": notes, "settings": settings}
+    result["published"] = PUBLISHED
     (work_dir / "table.md").write_text(text, encoding="utf-8")
     (work_dir / "table.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return text
