@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_the_document_has_the_table_of_the_data_file():
     document = (ROOT / "docs" / "evaluation.md").read_text()
     assert rows.published_table() in document
     assert "CCBench 83.9, ScienceQA-IMG 95.0, GQA 59.8" in document
-    others = rows.PUBLISHED[-2]["metrics"]
+    [others] = [row["metrics"] for row in rows.PUBLISHED if row["model"] == "NaViL-2B"]
     assert [others[name] for name in ("CCBench", "ScienceQA", "GQA")] == [83.9, 95.0, 59.8]
 
 
@@ -261,6 +261,8 @@ def test_the_kit_has_the_data_sets_and_the_judges_of_the_table():
 def test_all_benchmarks_are_run_scored_and_continued(tmp_path):
     """First by exact matching, then by a judge, then once more without anything to do."""
     pytest.importorskip("vlmeval")
+    from vlmeval.smp import dump, load
+
     data, work_dir = tmp_path / "data", tmp_path / "work"
     draw(data, count=2)
 
@@ -274,7 +276,7 @@ def test_all_benchmarks_are_run_scored_and_continued(tmp_path):
     assert "Not comparable with the avg column." in output
 
     answers = work_dir / kit.RUN / "NaViL_AI2D_TEST.xlsx"
-    asked = answers.stat().st_mtime_ns
+    dump(load(str(answers)).assign(prediction="A"), str(answers))
     with judge_server() as server:
         address = f"http://127.0.0.1:{server.server_port}/v1/chat/completions"
         judge = {"OPENAI_API_KEY": "secret-of-the-test", "OPENAI_API_BASE": address}
@@ -290,34 +292,34 @@ def test_all_benchmarks_are_run_scored_and_continued(tmp_path):
 
         code, output, errors = finish(start(data, work_dir, **judge))
         assert code == 0 and output.count("| done |") == len(BENCHMARKS) and "vlmeval.run" not in output
-    assert_scores_are_those_of_the_answers(work_dir, result["metrics"])
-    assert asked <= answers.stat().st_mtime_ns
+    kept = load(str(answers))
+    assert set(kept["prediction"]) == {"A"}  # scored again, not asked again
+    assert result["metrics"]["AI2D"] == pytest.approx(100 * (kept["answer"] == "A").mean())
+    asked = load(str(work_dir / kit.RUN / "NaViL_GQA_TestDev_Balanced.xlsx")).astype(str)
+    assert result["metrics"]["GQA"] == pytest.approx(100 * (asked["prediction"] == asked["answer"]).mean())
 
 
-def assert_scores_are_those_of_the_answers(work_dir: Path, metrics: dict[str, float]) -> None:
-    from vlmeval.smp import load
-
-    answered = load(str(work_dir / kit.RUN / "NaViL_GQA_TestDev_Balanced.xlsx"))
-    pairs = zip(answered["prediction"], answered["answer"], strict=True)
-    right = [str(given).strip().lower() == str(true).lower() for given, true in pairs]
-    assert metrics["GQA"] == pytest.approx(100 * sum(right) / len(right))
+def first_answers(saved: Path, process: subprocess.Popen) -> dict:
+    """What the kit has saved of the running benchmark, as soon as it can be read."""
+    deadline = time.monotonic() + 400
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError, EOFError, pickle.UnpicklingError):
+            return pickle.loads(saved.read_bytes())
+        time.sleep(0.05)
+    raise AssertionError(f"no {saved}: {process.communicate()[1] if process.poll() is not None else 'too slow'}")
 
 
 def test_a_killed_run_continues_within_a_benchmark(tmp_path):
     pytest.importorskip("vlmeval")
     data, work_dir = tmp_path / "data", tmp_path / "work"
-    draw(data, count=60)
+    draw(data, count=40)
     arguments = ("--benchmarks", "GQA")
     saved = work_dir / kit.RUN / "01_GQA_TestDev_Balanced.pkl"
     process = start(data, work_dir, *arguments)
-    deadline = time.monotonic() + 400
-    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.5)  # the file is written
+    answers = first_answers(saved, process)
     process.kill()
     process.communicate()
-    answers = pickle.loads(saved.read_bytes())
-    assert 10 <= len(answers) < 60
+    assert 10 <= len(answers) < 40
     saved.write_bytes(pickle.dumps(answers | {0: "an answer of the first run"}))
 
     code, output, errors = finish(start(data, work_dir, *arguments))
@@ -325,4 +327,4 @@ def test_a_killed_run_continues_within_a_benchmark(tmp_path):
     from vlmeval.smp import load
 
     answered = load(str(work_dir / kit.RUN / "NaViL_GQA_TestDev_Balanced.xlsx"))
-    assert len(answered) == 60 and answered["prediction"][0] == "an answer of the first run"
+    assert len(answered) == 40 and answered["prediction"][0] == "an answer of the first run"
