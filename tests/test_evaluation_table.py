@@ -94,10 +94,12 @@ def test_what_is_done_needs_nothing_more():
 def test_missing_data_stop_a_run_unless_they_may_be_downloaded():
     [step] = steps("MME", data="MME.tsv is missing", may_download=True)
     assert (step.state, step.download) == ("to run", "MME.tsv is missing")
-    [step] = steps("MME", data="MME.tsv is missing")
+    [incomplete], [complete] = steps("MME", data="MME.tsv is missing"), steps("GQA")
     with refused("MME: MME.tsv is missing"):
-        plan.runnable([step], leave_out_missing=False)
-    assert plan.runnable([step], leave_out_missing=True) == []
+        plan.runnable([incomplete, complete], leave_out_missing=False)
+    assert plan.runnable([incomplete, complete], leave_out_missing=True) == [complete]
+    with refused("nothing was run"):
+        plan.runnable([incomplete], leave_out_missing=True)
 
 
 def test_a_judge_needs_its_key():
@@ -161,6 +163,13 @@ def test_a_folder_without_a_model_fails_before_anything_else(tmp_path, capsys):
     assert table.main(["--model-path", str(tmp_path), "--work-dir", str(tmp_path / "work")]) == 1
     assert "must be a model folder" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--limit", "0"), ("--limit", "-3"), ("--benchmarks", "MMB")])
+def test_wrong_options_are_refused(option, value, capsys):
+    with pytest.raises(SystemExit):
+        table.main(["--model-path", "m", "--work-dir", "w", option, value])
+    assert value in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- drawn sets

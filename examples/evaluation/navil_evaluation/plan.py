@@ -56,14 +56,14 @@ def runnable(steps: Sequence[Step], leave_out_missing: bool) -> list[Step]:
     """The steps to run.
 
     Raises:
-        ValueError: something is missing, and the benchmarks that miss it are not to be left out.
+        ValueError: something is missing, and the benchmarks that miss it are not to be left out, or none would remain.
     """
     incomplete = [step for step in steps if step.missing]
-    if incomplete and not leave_out_missing:
+    if incomplete and (not leave_out_missing or len(incomplete) == len(steps)):
         lines = [f"  {step.benchmark.name}: {'; '.join(step.missing)}" for step in incomplete]
         raise ValueError(
             "something is missing, so nothing was run:\n" + "\n".join(lines) + "\n"
-            "provide it (--download fetches data), or leave these benchmarks out by --leave-out-missing"
+            "provide it (--download fetches data); --leave-out-missing runs the other benchmarks"
         )
     return [step for step in steps if step.state == "to run"]
 

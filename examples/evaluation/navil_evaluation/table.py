@@ -33,6 +33,17 @@ from .rows import PUBLISHED, average_sentence, other_table, published_table
 KIT = "ms-vlmeval"
 
 
+def positive(text: str) -> int:
+    """
+    Raises:
+        ValueError: not a whole number above 0.
+    """
+    number = int(text)
+    if number < 1:
+        raise ValueError(f"must be at least 1, got {number}")
+    return number
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Evaluate a model folder on the paper's benchmarks with VLMEvalKit, and print its row.",
@@ -52,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="score without a judge where that is possible: an answer without a clear option counts as wrong",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each: a trial")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions of each: a trial")
     parser.add_argument("--subfolder", default="", metavar="NAME", help="of the model, where its weights are")
     parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="default: %(default)s")
     parser.add_argument("--plain-prompt", action="store_true", help="ask the questions without the kit's additions")
@@ -80,7 +91,7 @@ def read_settings(options: argparse.Namespace) -> dict[str, Any]:
         "model": str(folder),
         "weights": dict(sorted(weights.items())),  # bytes, time of change in ns
         "kit": f"{KIT} {version(KIT)}",
-        "own_data": os.environ["LMUData"] if options.own_data else None,
+        "own_data": str(Path(os.environ["LMUData"]).resolve()) if options.own_data else None,
         **{name: getattr(options, name) for name in names},
     }
 

@@ -7,6 +7,7 @@ Everything but the options below is the kit's own: `--data`, `--work-dir`, `--mo
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options, kit_arguments = build_parser().parse_known_args(arguments)
     make_torchvision_importable()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the kit forks to score, which tokenizers warns about
     from vlmeval.config import supported_VLM
     from vlmeval.dataset import DATASET_CLASSES
     from vlmeval.run import main as run_kit
