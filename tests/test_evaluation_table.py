@@ -53,6 +53,13 @@ def test_the_document_has_the_table_of_the_data_file():
     assert [others[name] for name in ("CCBench", "ScienceQA", "GQA")] == [83.9, 95.0, 59.8]
 
 
+@pytest.mark.parametrize("benchmark", BENCHMARKS.values(), ids=lambda benchmark: benchmark.name)
+def test_the_document_says_what_was_chosen(benchmark):
+    judge = benchmark.judge + ("" if benchmark.judge_required else " for unclear answers") if benchmark.judge else "-"
+    cells = [benchmark.name, benchmark.dataset, str(benchmark.questions), judge, benchmark.choice]
+    assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "evaluation.md").read_text()
+
+
 def test_a_row_has_an_average_only_with_all_eleven():
     metrics = dict.fromkeys(NAMES, 50.0) | {"MME": 1400.4, "OCRBench": 500}
     complete = rows.published_table("mine", metrics).splitlines()[-1]

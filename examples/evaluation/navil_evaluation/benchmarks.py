@@ -61,7 +61,7 @@ AVERAGED = (
         (r"Category=Overall\|acc",),
         judge="gpt-4-turbo",
         judge_required=True,
-        choice="the judge grades every answer from 0 to 1; MMVet's own paper asks another GPT-4",
+        choice="the judge grades every answer from 0 to 1, so the score depends on it",
     ),
     multiple_choice(
         "MMMU",
