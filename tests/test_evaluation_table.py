@@ -274,6 +274,7 @@ def test_the_kit_has_the_data_sets_and_the_judges_of_the_table():
         assert get_judge_kwargs(benchmark.dataset, kind.TYPE, arguments).get("model", "") == benchmark.judge
 
 
+@pytest.mark.timeout(1500)
 def test_all_benchmarks_are_run_scored_and_continued(tmp_path):
     """First by exact matching, then by a judge, then once more without anything to do."""
     pytest.importorskip("vlmeval")
@@ -325,6 +326,7 @@ def first_answers(saved: Path, process: subprocess.Popen) -> dict:
     raise AssertionError(f"no {saved}: {process.communicate()[1] if process.poll() is not None else 'too slow'}")
 
 
+@pytest.mark.timeout(1500)
 def test_a_killed_run_continues_within_a_benchmark(tmp_path):
     pytest.importorskip("vlmeval")
     data, work_dir = tmp_path / "data", tmp_path / "work"
