@@ -52,10 +52,12 @@ class NaViLAnswers:
 def make_torchvision_importable() -> None:
     """Gives torchvision the two operator schemas that it lacks beside a torch of another build.
 
-    Both kits import torchvision, neither needs its operators for NaViL.
+    Both kits import torchvision, neither needs its operators for NaViL. Without torchvision nothing is done.
     """
     try:
         import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise

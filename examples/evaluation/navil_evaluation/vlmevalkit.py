@@ -6,6 +6,8 @@ Everything but the options below is the kit's own: `--data`, `--work-dir`, `--mo
 """
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -65,12 +67,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options, kit_arguments = build_parser().parse_known_args(arguments)
     make_torchvision_importable()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the kit forks to score, which tokenizers warns about
     from vlmeval.config import supported_VLM
-    from vlmeval.dataset import ImageVQADataset
+    from vlmeval.dataset import DATASET_CLASSES
     from vlmeval.run import main as run_kit
 
+    logging.getLogger("vlmeval.api.gpt").addFilter(lambda record: "API Key" not in record.getMessage())
     if options.own_data:
-        ImageVQADataset.DATASET_MD5 = {}
+        for kind in DATASET_CLASSES:
+            kind.DATASET_MD5 = {}
     supported_VLM["NaViL"] = partial(
         wrapper_class(),
         options.model_path,
