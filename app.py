@@ -243,7 +243,7 @@ class Server:
             if stop.is_set():  # while the question waited
                 yield display(turns), turns, input_box(value=as_message(asked))
                 return
-            with told_to_the_visitor(asked.pictures):
+            with told_to_the_visitor([*pictures_of(turns), *asked.pictures]):
                 assistant = self.worker.submit(self.load, model).result()
                 streamer = TextIteratorStreamer(
                     assistant.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
@@ -377,15 +377,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ERRORS as error:
         print(f"error: cannot load {server.models[0]!r}: {error}", file=sys.stderr)
         return 1
-    build_page(server).queue(max_size=MAX_WAITING).launch(
-        server_name=options.host or ("0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1"),
-        server_port=options.port,
-        max_file_size=MAX_FILE_SIZE,
-        share=False,
-        ssr_mode=False,
-        footer_links=[],
-        css=STYLE,
-    )
+    try:
+        build_page(server).queue(max_size=MAX_WAITING).launch(
+            server_name=options.host or ("0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1"),
+            server_port=options.port,
+            max_file_size=MAX_FILE_SIZE,
+            share=False,
+            ssr_mode=False,
+            footer_links=[],
+            css=STYLE,
+        )
+    except OSError as error:
+        print(f"error: {error} (--host, --port)", file=sys.stderr)
+        return 1
     return 0
 
 

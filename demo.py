@@ -62,11 +62,19 @@ def best_device() -> tuple[str, torch.dtype]:
     return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
+def expand(name: str) -> Path:
+    """The path with `~` as the home directory; a ValueError if there is none."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name!r}: {error}") from None
+
+
 def check_picture(name: str) -> str:
     """The path of a picture's file, of which only the header is read; a ValueError says what else it is."""
     if re.match(r"[a-z][a-z0-9+.-]+://|data:", name, re.IGNORECASE):
         raise ValueError(f"{name[:200]!r} is a URL: download the picture and give its file")
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.is_dir():
         raise ValueError(f"{name!r} is a folder: give the files of its pictures")
     if not path.is_file():
@@ -157,9 +165,11 @@ class Conversation:
     def command(self, name: str, *files: str) -> None:
         if name == "/image":
             self.added = [*self.added, *map(check_picture, files)] if files else []
-        elif name == "/save" and len(files) == 1:
-            self.save(Path(files[0]).expanduser())
-        elif name == "/clear" and not files:
+        elif name == "/save":
+            if len(files) != 1:
+                raise ValueError(f"/save takes one file, got {len(files)}")
+            self.save(expand(files[0]))
+        elif name == "/clear":
             self.clear()
         elif name == "/help":
             print(HELP)

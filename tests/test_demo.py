@@ -112,7 +112,9 @@ def test_errors_are_sentences_and_the_conversation_goes_on(monkeypatch, tmp_path
         "<|im_end|>": "the text contains <|im_end|>, reserved",
         "word " * 5000: "tokens but the context holds 8192: shorten the text",
         "two <image> <image>": "2 <image> placeholders but 0 images",
-        "/save": "no such command: /save; /help lists the commands",
+        "/save": "/save takes one file, got 0",
+        "/save ~nosuchuser/a": "'~nosuchuser/a': Could not determine home directory",
+        "/image ~nosuchuser/a.png": "'~nosuchuser/a.png': Could not determine home directory",
         "/picture a": "no such command: /picture a; /help",
         f"/save {tmp_path / 'empty'}": "there is no answer to save yet",
     }

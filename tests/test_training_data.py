@@ -229,6 +229,14 @@ def test_elements_of_a_json_array_are_found_by_their_lines(tmp_path):
     ]
 
 
+def test_records_that_share_a_line_have_numbers(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([llava(answer=""), llava("good"), llava(answer=""), 7]))
+    loader = one_epoch([Source(str(path))], fake_encode, collect)
+    assert sum(map(questions, loader), []) == ["good"]
+    assert set(loader.bad_records.found) == {f"{path}:1 (record {number})" for number in (1, 3, 4)}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

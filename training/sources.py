@@ -199,12 +199,14 @@ class FileRows:
             raise DataError(f"{path} has no record")
         self.starts, self.ends = spans.T
         self.lines = np.searchsorted(newlines, self.starts) + 1
+        self.shares_lines = bool((np.diff(self.lines) == 0).any())  # as in an array that `json.dump` wrote
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def row(self, index: int) -> Row:
-        return Row(f"{self.path}:{self.lines[index]}", partial(self._read, index))
+        number = f" (record {index + 1})" if self.shares_lines else ""
+        return Row(f"{self.path}:{self.lines[index]}{number}", partial(self._read, index))
 
     def _read(self, index: int) -> dict[str, Any]:
         with open(self.path, "rb") as file:

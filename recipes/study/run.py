@@ -147,7 +147,7 @@ def execute(run: Run, folder: Path, num_samples: int, device: str = "cpu") -> di
         pretrained = pretrain(run.decoder, run.seed, folder, num_samples, device)
         start_from_text(model, pretrained.pop("weights"))
         result["pretraining"] = pretrained
-    measured = {BATCH * math.ceil(share * num_samples / BATCH) for share in MEASURED}
+    measured = {BATCH * math.ceil(share * (num_samples // BATCH)) for share in MEASURED}
     rows = []
     for seen, tokens, averaged in train_once(
         model, load_training(folder, "pictures", num_samples), processor, run.seed
