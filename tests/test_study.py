@@ -141,7 +141,7 @@ def made_up(observation: str, loss, scale=lambda one: 1.0) -> list[dict]:
 
 
 def outcomes(finding: analysis.Finding) -> list[str]:
-    return [outcome.partition(" (")[0] for outcome in finding.claims.values()]
+    return [outcome.partition(":")[0] for outcome in finding.claims.values()]
 
 
 def test_samples_to_reach_a_loss():
@@ -179,7 +179,7 @@ def test_initialization(head_start, expected):
     finding = analysis.compare_initialization(runs)
     assert outcomes(finding) == expected
     [factor, _] = finding.claims.values()
-    assert f"(margin {math.log(head_start):.3g} " in factor
+    assert f": margin {math.log(head_start):.3g} ±" in factor
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -33,6 +33,14 @@ def half_interval(values: np.ndarray) -> np.ndarray:
     return T_95[min(len(values), max(T_95))] * values.std(0, ddof=1) / math.sqrt(len(values))
 
 
+def with_interval(mean: float, error: float, form: str = ".3f") -> str:
+    return f"{mean:{form}} (one seed)" if math.isnan(error) else f"{mean:{form}} ± {error:{form}}"
+
+
+def whole_pictures(count: float) -> str:
+    return f"{count:.0f}" if math.isfinite(count) else "more than all"
+
+
 @dataclass
 class Finding:
     """An observation's outcome: a plot, rows of numbers, and what they say about the paper's claims."""
@@ -47,7 +55,7 @@ class Finding:
         mean, error = margins.mean(), half_interval(margins)
         is_contrary = mean < -error and not is_lower_bound
         outcome = "agrees" if mean > error else "does not agree" if is_contrary else "undecided"
-        self.claims[claim] = f"{outcome} (margin {mean:.3g} ± {error:.2g})"
+        self.claims[claim] = f"{outcome}: margin {with_interval(mean, error, '.3g')}"
 
     @property
     def lines(self) -> list[str]:
@@ -71,7 +79,7 @@ class Curve:
 
     @property
     def final(self) -> str:
-        return f"{self.mean[-1]:.3f} ± {self.error[-1]:.3f}"
+        return with_interval(self.mean[-1], self.error[-1])
 
     def samples_to_reach(self, loss: float) -> np.ndarray:
         """(S,) where each run first comes down to this loss, interpolated in log(samples); infinity if nowhere."""
@@ -144,8 +152,8 @@ def compare_initialization(results: Sequence[Result]) -> Finding:
     finding = Finding(figure, [f"final loss: LLM from text {from_text.final}, from scratch {scratch.final}"])
     for loss in (1.0, 0.6, TARGET):
         with_text, without = (curve.samples_to_reach(loss).mean() for curve in (from_text, scratch))
-        row = f"pictures for a loss of {loss:.3f}: {with_text:.0f} from text, {without:.0f} from scratch"
-        finding.rows.append(row)
+        counts = f"{whole_pictures(with_text)} from text, {whole_pictures(without)} from scratch"
+        finding.rows.append(f"pictures for a loss of {loss}: {counts}")
     factors = scratch.log_samples() - from_text.log_samples()
     finding.check(f"an LLM from text needs fewer pictures for a loss of {TARGET} (log factor)", factors)
     is_reached = np.isfinite(scratch.samples_to_reach(TARGET)).all()
@@ -177,7 +185,9 @@ def compare_experts(results: Sequence[Result]) -> Finding:
         ratios = np.exp(gaps[experts].mean(0))
         gap_axes.plot(ratios, marker=".", label=f"visual experts: {name}")
         needed = curve.samples_to_reach(TARGET).mean()
-        finding.rows.append(f"{name}: final loss {curve.final}, {needed:.0f} pictures for a loss of {TARGET}")
+        finding.rows.append(
+            f"{name}: final loss {curve.final}, {whole_pictures(needed)} pictures for a loss of {TARGET}"
+        )
         listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
         finding.rows.append(f"{name}: scale of visual over text features at the input of each layer {listed}")
     label_curves(loss_axes)
@@ -213,7 +223,7 @@ def compare_shapes(results: Sequence[Result]) -> Finding:
         axis.set(ylabel="loss on held-out pictures")
         names = [f"{depth} x {width}" for depth, width in SHAPES]
         axis.set_xticks(range(len(SHAPES)), names)
-        values = (f"{name}: {m:.3f} ± {e:.3f}" for name, m, e in zip(names, mean, error, strict=True))
+        values = (f"{name}: {with_interval(m, e)}" for name, m, e in zip(names, mean, error, strict=True))
         finding.rows.append(f"{when}, {samples[column]} pictures: {', '.join(values)}")
     late, early = losses["late"], losses["early"]
     middle = late[:, 1:-1].mean(1)  # not the best of them, which has noise on its side
@@ -251,11 +261,11 @@ class Grid:
         mean, error, needed = self.losses.mean(0), half_interval(self.losses), self.needed.mean(0)
         rows = ["columns, parameters of the encoder: " + ", ".join(f"{count:,}" for count in self.encoders)]
         for index, count in enumerate(self.decoders):
-            values = (f"{m:.3f} ± {e:.3f}" for m, e in zip(mean[index], error[index], strict=True))
+            values = map(with_interval, mean[index], error[index])
             rows.append(f"final loss, LLM of {count:,}: {', '.join(values)}")
         for index, count in enumerate(self.decoders):
             rows.append(
-                f"pictures for a loss of {TARGET}, LLM of {count:,}: {', '.join(f'{x:.0f}' for x in needed[index])}"
+                f"pictures for a loss of {TARGET}, LLM of {count:,}: {', '.join(map(whole_pictures, needed[index]))}"
             )
         return rows
 
