@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from cases import conversations  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from package import answers, load  # noqa: E402
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
@@ -39,8 +40,13 @@ class Checkpoint:
 
     @cached_property
     def answers(self) -> dict[str, dict]:
-        """The package's answers to all conversations, computed once for all tests."""
-        return answers(load(self.folder), self.folder, conversations())
+        """The package's answers to all conversations, computed once for all processes of the tests."""
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
+        file = Path(tempfile.gettempdir()) / f"{self.folder.name}-answers-{run}.pt"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                torch.save(answers(load(self.folder), self.folder, conversations()), file)
+        return torch.load(file)
 
 
 def make_folder(folder: Path, command: str, source: Path) -> None:

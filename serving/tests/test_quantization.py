@@ -73,9 +73,11 @@ FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(tiny, dtype):
-    expected = answers(load(tiny.folder, getattr(torch, dtype)), tiny.folder, CHATS)
+    names = {"bfloat16": NAMES, "float16": NAMES[-3:]}[dtype]  # CPUs multiply float16 slowly
+    chats = {name: CHATS[name] for name in names}
+    expected = answers(load(tiny.folder, getattr(torch, dtype)), tiny.folder, chats)
     with engine(tiny.folder, dtype=dtype) as llm:
-        check_close(expected, ask(llm, CHATS), {"bfloat16": 0.3, "float16": 0.05}[dtype])
+        check_close(expected, ask(llm, chats), {"bfloat16": 0.3, "float16": 0.05}[dtype])
 
 
 NOT_CONVERTED = [*FULL_PRECISION, "lm_head"]

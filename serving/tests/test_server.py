@@ -32,18 +32,19 @@ EPS = "data:image/eps;base64," + base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%B
 
 
 @pytest.fixture(scope="module")
-def server(tiny):
-    """The documented command, with a small context and small caches."""
+def server(tiny, tmp_path_factory):
+    """The documented command, with a small context and small caches; torch compiles the decoder."""
     [line] = re.findall(
         r"^python (-m vllm.entrypoints.openai.api_server --model weights/tiny .*) --port", DOCUMENT, re.M
     )
     command = [sys.executable, *shlex.split(line.replace("weights/tiny", str(tiny.folder)))]
-    options = ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "16"]
+    options = ["--dtype", "float32", "--block-size", "32", "--max-num-seqs", "16"]
     options += ["--max-model-len", str(CONTEXT), "--trust-request-mm-kwargs", "--mm-processor-cache-gb", "0.02"]
     options += ["--num-gpu-blocks-override", "600", "--allowed-media-domains", "127.0.0.1"]
     options += ["--limit-mm-per-prompt", '{"image": 2}']
     environment = {
-        "OMP_NUM_THREADS": "1",
+        "TORCH_COMPILE_DISABLE": "0",
+        "VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("vllm")),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_IMAGE_FETCH_TIMEOUT": "1",
         "VLLM_MEDIA_FETCH_MAX_RETRIES": "1",
@@ -365,7 +366,7 @@ def test_clients_that_go_away(server, tiny, host):
 
 
 def test_200_requests_of_16_clients(server, tiny):
-    """Right answers, and no memory kept: the bound is less than what the patches of 100 requests take."""
+    """Right answers to 47 conversations, and no memory kept: the bound is less than the patches of 100 requests."""
 
     def answer(number: int) -> None:
         names = [FEW_IMAGES[index % len(FEW_IMAGES)] for index in range(number)]
