@@ -632,7 +632,7 @@ class ModalityOrder(NamedTuple):
 
         With gradients, an expert without tokens runs on an empty slice: DDP needs a (zero) gradient of its weights.
         """
-        if text_expert == visual_expert or (self.num_text == len(x) and not torch.is_grad_enabled()):
+        if self.num_text == len(x) and not torch.is_grad_enabled():
             return text_expert(x)
         return torch.cat([text_expert(x[: self.num_text]), visual_expert(x[self.num_text :])])
 
