@@ -92,9 +92,3 @@ def test_chunked_prefill(tiny, num_tokens):
 
 def test_window_order(window):
     check(window.answers, ask(start(window.folder, max_model_len=4096), CHATS))
-
-
-def test_drafts_from_the_prompt(tiny):
-    """Speculative decoding, slot tokens among the drafts too."""
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    check(tiny.answers, ask(start(tiny.folder, max_model_len=4096, speculative_config=drafts), CHATS))
