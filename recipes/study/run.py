@@ -132,7 +132,7 @@ def execute(run: Run, folder: Path, num_samples: int, device: str = "cpu") -> di
     """Trains the run's model, unless `folder` has its result, and writes both to `folder/runs`.
 
     Returns:
-        `run` and its `name`; `parameters`; lists `samples`, `tokens` and `loss` (by task and `all`) as measured;
+        `run` and its `name`; `parameters`; `measured`, a list of `samples`, `tokens` and `loss` (by task and `all`);
         `feature_scale` by modality; `seconds`; `pretraining` for a decoder from text.
     """
     path = folder / "runs" / f"{run.name}_{num_samples}.json"
